@@ -1,0 +1,1 @@
+"""Hardware as data: profiles with a source for every figure, strict to read."""

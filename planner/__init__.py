@@ -1,0 +1,1 @@
+"""Tracing, the ILP search and the plan: from a model to plan.json."""

@@ -1,0 +1,105 @@
+"""The planning problem of one mesh as numbers only: what the ILP and the simulator are given.
+
+A tuple t = (pp, tp, dp_replicate, dp_shard, microbatch size, schedule, ZeRO level) fixes the mesh; everything
+that remains (stage boundaries, recomputation of each layer) is decided inside a `Problem`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run one layer under a given mesh. Times are per microbatch unless they say "once".
+
+    name : none | selective | full (recomputation)
+    forward_s, backward_s : exposed time on the stage's critical stream (compute, exposed tp and dp
+        communication, recomputation in backward)
+    first_forward_extra_s : once a step, added to the stage's first forward (exposed parameter gather)
+    last_backward_extra_s : once a step, added to the stage's last backward (exposed gradient reduction)
+    tail_s : once a step, after the stage's last backward (optimizer and what cannot hide)
+    static_bytes : parameters, gradients, optimizer state, gathered weights that stay
+    saved_bytes : kept from forward to backward by each in-flight microbatch
+    transient_bytes : peak above static and saved while this layer runs (the stage pays the largest)
+    """
+
+    name: str
+    forward_s: float
+    backward_s: float
+    first_forward_extra_s: float = 0.0
+    last_backward_extra_s: float = 0.0
+    tail_s: float = 0.0
+    static_bytes: int = 0
+    saved_bytes: int = 0
+    transient_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One unit on the chain: its choices, and what a pipeline cut right after it costs.
+
+    `kind` is equal for layers with identical numbers (folding). `cut_after` tells whether a stage may end here;
+    `send_s` is the time of one forward (or backward) transfer over that cut. `cut_bytes` are the bytes
+    of received activations kept per in-flight microbatch by the stage that starts after it.
+    """
+
+    kind: int
+    choices: tuple[Choice, ...]
+    cut_after: bool = True
+    send_s: float = 0.0
+    cut_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Minimise the simulated step time over stage boundaries and per-layer choices.
+
+    stages : pp, number of pipeline stages (>= 1)
+    microbatches : M, microbatches per step and replica
+    schedule : "1f1b" (with one stage: plain accumulation) or "gpipe"
+    memory_bytes : limit per stage for static + in-flight saved + transient + stage_fixed_bytes
+    stage_fixed_bytes : bytes on every stage whatever it holds (context, NCCL, reserve)
+    step_fixed_s : seconds added once to every step (gradient-norm all-reduce, host)
+    """
+
+    layers: tuple[Layer, ...]
+    stages: int
+    microbatches: int
+    schedule: str
+    memory_bytes: int
+    stage_fixed_bytes: int = 0
+    step_fixed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A solution: `boundaries[s]` is the position after the last layer of stage s (the last equals the number
+    of layers); `choices[i]` the index of the choice of layer i."""
+
+    boundaries: tuple[int, ...]
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """What the simulator needs of one stage; the sums over its layers, in layer order."""
+
+    forward_s: float
+    backward_s: float
+    first_forward_extra_s: float = 0.0
+    last_backward_extra_s: float = 0.0
+    tail_s: float = 0.0
+    send_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What a search returns for one problem: status is "optimal" (within the gap), "feasible", "infeasible"."""
+
+    status: str
+    assignment: Assignment | None
+    objective_s: float
+    lower_bound_s: float
+    shortfall_bytes: int = 0
+    shortfall_stage: int = -1

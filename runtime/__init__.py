@@ -1,0 +1,1 @@
+"""Executing a plan on stock torch: DTensor, FSDP2, torch.distributed.pipelining, torchrun."""
