@@ -82,18 +82,6 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class StageTimes:
-    """What the simulator needs of one stage; the sums over its layers, in layer order."""
-
-    forward_s: float
-    backward_s: float
-    first_forward_extra_s: float = 0.0
-    last_backward_extra_s: float = 0.0
-    tail_s: float = 0.0
-    send_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Solution:
     """What a search returns for one problem: status is "optimal" (within the gap), "feasible", "infeasible"."""
 

@@ -1,0 +1,359 @@
+"""plan.json: the versioned schema of a plan, strict to read, deterministic to write.
+
+`schema_version` stays 1 until a release; new fields get defaults, so that a plan once written loads for ever.
+Degrees use torchtitan's names. GPUs = pp x dp_replicate x dp_shard x cp x tp; the device mesh is ordered
+(pp, dp_replicate, dp_shard, cp, tp), tp innermost (consecutive ranks).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import PlanFileError
+
+SCHEMA_VERSION = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputSection(_Section):
+    """One input leaf; `shape` uses "B" for the batch and "S" for the sequence length."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class ModelSection(_Section):
+    """Which model the plan is for and how to rebuild it.
+
+    `target` is what the user typed (a path is kept relative to the working directory where possible);
+    `hash` covers the traced structure: names, shapes, dtypes and operators.
+    `loss_weighting`: "tokens" = sum over non-ignored targets of the global batch divided by their number;
+    "equal" = the model's own mean, every microbatch with the same weight.
+    """
+
+    target: str
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    input_spec: list[str] = Field(default_factory=list)
+    name: str
+    hash: str
+    parameters: int
+    trainable_parameters: int
+    buffers: int = 0
+    layers: int
+    classes: int
+    flops_per_sample: float
+    inputs: list[InputSection] = Field(default_factory=list)
+    loss: str = ""
+    loss_weighting: Literal["tokens", "equal"] = "equal"
+    tied: list[list[str]] = Field(default_factory=list)
+    batch_norm: list[str] = Field(default_factory=list)
+
+
+class HardwareSection(_Section):
+    """The profile the plan was priced with; `hash` covers its content."""
+
+    name: str
+    hash: str
+    gpus: int
+    gpus_per_node: int
+    memory_limit_bytes: int
+    peak_flops: float
+    peak_name: str
+    file: str | None = None
+
+
+class MeshSection(_Section):
+    """Degrees of the device mesh."""
+
+    pipeline_parallel_degree: int = Field(1, ge=1)
+    data_parallel_replicate_degree: int = Field(1, ge=1)
+    data_parallel_shard_degree: int = Field(1, ge=1)
+    context_parallel_degree: int = Field(1, ge=1)
+    expert_parallel_degree: int = Field(1, ge=1)
+    tensor_parallel_degree: int = Field(1, ge=1)
+
+    @property
+    def world_size(self) -> int:
+        """Number of GPUs (processes)."""
+        return (
+            self.pipeline_parallel_degree
+            * self.data_parallel_replicate_degree
+            * self.data_parallel_shard_degree
+            * self.context_parallel_degree
+            * self.tensor_parallel_degree
+        )
+
+    @property
+    def data_parallel_degree(self) -> int:
+        """Replicas that see different samples."""
+        return self.data_parallel_replicate_degree * self.data_parallel_shard_degree
+
+
+class BatchSection(_Section):
+    """global_batch = microbatch_size x microbatches x dp_replicate x dp_shard, in samples."""
+
+    global_batch: int = Field(ge=1)
+    microbatch_size: int = Field(ge=1)
+    microbatches: int = Field(ge=1)
+    sequence_length: int = Field(ge=0)
+
+
+class ScheduleSection(_Section):
+    """Pipeline schedule and gradient synchronisation.
+
+    `gradient_sync`: "every" reduces gradients after each microbatch, "last" only after the last one.
+    """
+
+    name: Literal["1f1b", "gpipe", "interleaved", "zb"] = "1f1b"
+    virtual_stages: int = Field(1, ge=1)
+    gradient_sync: Literal["every", "last"] = "last"
+    runnable: bool = True
+
+
+class PrecisionSection(_Section):
+    """bf16 = float32 parameters, gradients and Adam, bfloat16 compute, float32 gradient reduction."""
+
+    name: Literal["bf16", "fp32"] = "bf16"
+    compute_dtype: str = "bfloat16"
+    parameter_dtype: str = "float32"
+    reduce_dtype: str = "float32"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+class StageSection(_Section):
+    """One chunk of the pipeline: the units it runs, in execution order.
+
+    `modules` are FQNs of units owned by this stage; `replicated_modules` are parameter-free units that every
+    stage runs by itself. `recompute` maps the FQN of each unit that is not "none" to selective or full.
+    `fsdp_units` are the FQNs wrapped one by one by fully_shard (the stage's remainder is wrapped as its root).
+    `receives` / `sends` name the tensors that cross its borders as "fqn:call:leaf".
+    """
+
+    index: int
+    pipeline_rank: int
+    modules: list[str]
+    replicated_modules: list[str] = Field(default_factory=list)
+    recompute: dict[str, Literal["selective", "full"]] = Field(default_factory=dict)
+    fsdp_units: list[str] = Field(default_factory=list)
+    receives: list[str] = Field(default_factory=list)
+    sends: list[str] = Field(default_factory=list)
+
+
+class ShardingSection(_Section):
+    """ZeRO / FSDP2 level: 3 = reshard after forward, 2 = keep gathered until backward."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    reshard_after_forward: bool = True
+
+
+class ModuleStyle(_Section):
+    """How tensor parallelism treats one parameter-owning module.
+
+    style: col (output features sharded), row (input features sharded, output summed), vocab (embedding rows
+    sharded, output summed), packed (col within each of `sizes` segments of the output features, for fused
+    projections), replicate.
+    output: placement of the module's output as the rest of the model sees it: "shard" (last dimension) or "replicate".
+    """
+
+    style: Literal["col", "row", "vocab", "packed", "replicate"]
+    sizes: list[int] = Field(default_factory=list)
+    output: Literal["shard", "replicate"] = "replicate"
+
+
+class TensorParallelSection(_Section):
+    """Styles by module FQN; modules not named are replicated over tp.
+
+    `attention` lists modules that call attention on sharded heads; `loss_parallel` keeps logits sharded over
+    the vocabulary through the cross-entropy.
+    """
+
+    styles: dict[str, ModuleStyle] = Field(default_factory=dict)
+    attention: list[str] = Field(default_factory=list)
+    loss_parallel: bool = False
+
+
+class ParameterPlacement(_Section):
+    """Placement of one parameter on each mesh axis that matters, in DTensor's spelling."""
+
+    tp: str = "Replicate()"
+    dp_shard: str = "Replicate()"
+    stages: list[int] = Field(default_factory=list)
+
+
+class Redistribute(_Section):
+    """One change of placement that the plan pays for: after `module`, in `phase`, over `axis`."""
+
+    module: str
+    axis: Literal["tp", "dp_shard", "dp_replicate", "pp"]
+    collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+    phase: Literal["forward", "backward"]
+    bytes_per_microbatch: int
+
+
+class PredictedSection(_Section):
+    """What the cost model expects of this plan.
+
+    `breakdown_s` parts sum to `step_time_s`; `memory_bytes` has one object a pipeline rank whose parts sum to
+    `device_bytes` of that rank; `peak_memory_bytes` is the peak of active bytes, `device_bytes` adds
+    reserve, context and NCCL and is what the limit is judged on.
+    """
+
+    step_time_s: float
+    tokens_per_s_per_gpu: float
+    samples_per_s: float
+    mfu: float
+    peak_memory_bytes: list[int]
+    device_bytes: list[int]
+    breakdown_s: dict[str, float] = Field(default_factory=dict)
+    memory_bytes: list[dict[str, int]] = Field(default_factory=list)
+    bubble_fraction: float = 0.0
+
+
+class SolverSection(_Section):
+    """The certificate: gap = (objective_s - lower_bound_s) / objective_s over the whole modelled space."""
+
+    status: Literal["optimal", "feasible"]
+    objective_s: float
+    lower_bound_s: float
+    gap: float
+    wall_s: float
+    name: str = ""
+    version: str = ""
+    candidates: int = 0
+    pruned: dict[str, int] = Field(default_factory=dict)
+    solved: int = 0
+    space: list[str] = Field(default_factory=list)
+
+
+class Baseline(_Section):
+    """A layout the plan is compared with: rule of thumb, best plain FSDP."""
+
+    name: str
+    mesh: MeshSection
+    microbatch_size: int
+    recompute: str
+    zero_stage: int
+    step_time_s: float | None
+    fits: bool
+
+
+class Plan(_Section):
+    """A whole plan. `Plan.load` reads and checks a file, `save` writes one atomically."""
+
+    schema_version: Literal[1] = 1
+    tpplan_version: str = ""
+    torch_version: str = ""
+    model: ModelSection
+    hardware: HardwareSection
+    mesh: MeshSection
+    batch: BatchSection
+    schedule: ScheduleSection
+    precision: PrecisionSection = PrecisionSection()
+    sharding: ShardingSection = ShardingSection()
+    stages: list[StageSection]
+    tensor_parallel: TensorParallelSection = TensorParallelSection()
+    parameters: dict[str, ParameterPlacement] = Field(default_factory=dict)
+    redistributes: list[Redistribute] = Field(default_factory=list)
+    predicted: PredictedSection
+    solver: SolverSection
+    baselines: list[Baseline] = Field(default_factory=list)
+    assumptions: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The file's text: two-space indent, keys in schema order, newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to `path` in one step (temporary file, then rename).
+
+        Raises
+        ------
+        PlanFileError
+            If `path` exists and is not a plan, or cannot be written.
+        """
+        target = Path(path)
+        if target.exists() and not looks_like_plan(target):
+            raise PlanFileError(f"{target} exists and is no plan; it is left as it is.", "Choose another file with -o.")
+        text = self.to_json()
+        try:
+            handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        except OSError as error:
+            raise PlanFileError(f"Cannot write {target}: {error.strerror}.", "Choose another file with -o.") from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, target)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise PlanFileError(f"Cannot write {target}: {error.strerror}.", "Choose another file with -o.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises
+        ------
+        PlanFileError
+            If the file is missing, is not JSON, is no plan, has unknown fields, or a newer schema.
+        """
+        source = Path(path)
+        try:
+            text = source.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise PlanFileError(
+                f"No plan at {source}.", "Write one with `tpplan suggest TARGET --gpus N -o plan.json`."
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanFileError(f"Cannot read {source}: {error}.", "Name a plan.json written by tpplan.") from None
+        return cls.parse(text, str(source))
+
+    @classmethod
+    def parse(cls, text: str, source: str = "plan") -> Plan:
+        """A plan from its JSON text; `source` names it in errors."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanFileError(
+                f"{source} is damaged or truncated: not valid JSON ({error}).", "Write it again with `tpplan suggest`."
+            ) from None
+        if not isinstance(data, dict) or "schema_version" not in data or "mesh" not in data:
+            raise PlanFileError(f"{source} is no tpplan plan.", "Write one with `tpplan suggest TARGET --gpus N`.")
+        version = data["schema_version"]
+        if not isinstance(version, int) or isinstance(version, bool) or version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            raise PlanFileError(
+                f"{source} has schema_version {version!r}; this tpplan reads {SCHEMA_VERSION}.",
+                "Upgrade tpplan." if newer else "Write it again with `tpplan suggest`.",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanFileError(
+                f"{source}: {where}: {first['msg']} ({error.error_count()} problem(s)).",
+                "Write it again with `tpplan suggest`, or undo the edit.",
+            ) from None
+
+
+def looks_like_plan(path: Path) -> bool:
+    """Whether `path` holds a JSON object with the marks of a plan (so that it may be overwritten)."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "schema_version" in data and "mesh" in data and "solver" in data
