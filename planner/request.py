@@ -1,0 +1,81 @@
+"""What the user asked for, with every default made explicit: the input of the planner beside graph and profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import UsageError
+
+PIN_AXES = ("tp", "pp", "dp_replicate", "dp_shard", "microbatch_size", "recompute", "schedule", "zero_stage")
+RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("1f1b", "gpipe")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One planning request.
+
+    gpus, gpus_per_node : devices in all and in one node
+    sequence_length : tokens a sample (the side of an image)
+    global_batch : samples a step
+    memory_limit_bytes : what one device may hold, everything included
+    pins : axis -> value that the plan must have (values as typed: ints or names)
+    gap : stop when (objective - bound) / objective is at most this
+    """
+
+    gpus: int
+    gpus_per_node: int
+    sequence_length: int
+    global_batch: int
+    precision: str
+    optimizer: str
+    memory_limit_bytes: int
+    pins: Mapping[str, int | str] = field(default_factory=dict)
+    gap: float = 0.005
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise UsageError(f"--gpus is {self.gpus}; a plan needs at least one GPU.", "Give --gpus 1 or more.")
+        if self.gpus_per_node < 1:
+            raise UsageError(f"--gpus-per-node is {self.gpus_per_node}.", "Give --gpus-per-node 1 or more.")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            below = self.gpus - self.gpus % self.gpus_per_node
+            raise UsageError(
+                f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}.",
+                f"Give --gpus {below} or {below + self.gpus_per_node}, or the node's size with --gpus-per-node.",
+            )
+        if self.global_batch < 1:
+            raise UsageError(f"--global-batch is {self.global_batch}.", "Give --global-batch 1 or more.")
+        if self.sequence_length < 1:
+            raise UsageError(f"--seq-len is {self.sequence_length}.", "Give --seq-len 1 or more.")
+        if self.memory_limit_bytes <= 0:
+            raise UsageError("--memory-limit must be above 0 GiB.", "Give the GiB of one GPU, for example 80.")
+
+
+def parse_pins(values: tuple[str, ...]) -> dict[str, int | str]:
+    """`--fix AXIS=VALUE` texts as a mapping.
+
+    >>> parse_pins(("tp=8", "recompute=full"))
+    {'tp': 8, 'recompute': 'full'}
+    """
+    pins: dict[str, int | str] = {}
+    for text in values:
+        axis, equals, value = text.partition("=")
+        axis = axis.strip().replace("-", "_")
+        value = value.strip()
+        if not equals or axis not in PIN_AXES:
+            raise UsageError(f"--fix {text}: no such axis.", f"Axes: {', '.join(PIN_AXES)}; for example --fix tp=8.")
+        if axis in pins:
+            raise UsageError(f"--fix {axis} is given twice.", "Give each axis once.")
+        if axis in ("recompute", "schedule"):
+            allowed = RECOMPUTE if axis == "recompute" else SCHEDULES
+            if value not in allowed:
+                raise UsageError(f"--fix {text}: no such {axis}.", f"Values: {', '.join(allowed)}.")
+            pins[axis] = value
+            continue
+        if not value.isdigit() or (int(value) < 1 and axis != "zero_stage"):
+            raise UsageError(f"--fix {text}: {axis} takes a whole number of 1 or more.", "For example --fix tp=8.")
+        pins[axis] = int(value)
+    return pins
