@@ -1,0 +1,214 @@
+"""Tensor parallelism on the user's eager module: parameters and activations become DTensors on the tp axis.
+
+The model's code is kept. Each parameter is sharded by the style of its module, or replicated; hooks on the styled
+modules fix the placements at their borders:
+
+    style    weight     input         output
+    col      Shard(0)   Replicate     Shard(-1), or gathered to Replicate
+    packed   Shard(0)   Replicate     PackedOutput (see packed.py)
+    row      Shard(1)   Shard(-1)     Partial, summed to Replicate
+    vocab    Shard(0)   token ids     Partial, summed to Replicate
+
+(Hugging Face's Conv1D stores its weight transposed: dimensions 0 and 1 change places.) Integer inputs and
+buffers stay plain tensors; inside `step_context` they count as replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.tensor.placement_types import Placement
+
+from ..errors import PlanFileError
+from ..planner.plan import ModuleStyle, TensorParallelSection
+from .attention import wrap_attention
+from .full_tensors import part_of_rank, shard_dim
+from .local_region import runs_locally, use_local_region
+from .packed import PackedOutput
+
+_REPLICATE = ModuleStyle(style="replicate")
+
+
+def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_mesh: DeviceMesh) -> None:
+    """Shard `model` over `tp_mesh` in place, as `section` says.
+
+    Parameters may be on meta or real; real ones are cut from their full values (each rank must hold equal ones).
+    Modules of other pipeline stages (without parameters, or absent) are passed over. Apply before
+    `fully_shard`, compile and checkpoint wrappers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole model, or one stage of it.
+    section : TensorParallelSection
+        Styles by module FQN.
+    tp_mesh : DeviceMesh
+        One-dimensional, its dimension named "tp".
+
+    Raises
+    ------
+    PlanFileError
+        If a style does not fit its module, tp does not divide a sharded dimension, or tied modules disagree.
+    """
+    dims = _sharded_dims(model, section)
+    done: dict[int, nn.Parameter] = {}
+    for fqn, module in model.named_modules():
+        style = section.styles.get(fqn, _REPLICATE)
+        owned = list(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, parameter in owned:
+            where = f"{fqn}.{name}".lstrip(".")
+            if id(parameter) not in done:
+                dim, owner_style, owner = dims.get(id(parameter), (None, style, where))
+                new = _sharded_parameter(parameter, dim, owner_style, tp_mesh, owner)
+                done[id(parameter)] = done[id(new)] = new
+            module._parameters[name] = done[id(parameter)]
+        if owned:
+            _set_borders(module, fqn, style, tp_mesh)
+    wrap_attention(model)
+
+
+@contextmanager
+def step_context(section: TensorParallelSection) -> Iterator[None]:
+    """Around forward and backward of a step: plain tensors count as replicated, the loss may be parallel."""
+    with ExitStack() as stack:
+        stack.enter_context(implicit_replication())
+        if section.loss_parallel:
+            stack.enter_context(loss_parallel())
+        yield
+
+
+def wrap_activation(tensor: torch.Tensor, tp_mesh: DeviceMesh) -> torch.Tensor:
+    """A float activation from outside (another stage) as a replicated DTensor; others are returned unchanged.
+
+    Its gradient comes back summed over tp, as a plain tensor.
+    """
+    if isinstance(tensor, DTensor) or not tensor.is_floating_point():
+        return tensor
+    return DTensor.from_local(tensor, tp_mesh, [Replicate()], run_check=False)
+
+
+def unwrap_activation(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor activation as a plain, whole tensor (to send to another stage, or to log)."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
+
+
+def _sharded_dims(
+    model: nn.Module, section: TensorParallelSection
+) -> dict[int, tuple[int, ModuleStyle, str]]:
+    """Which parameters tp divides, by identity: tied names must agree, names without a style follow."""
+    dims: dict[int, tuple[int, ModuleStyle, str]] = {}
+    for fqn, module in model.named_modules():
+        style = section.styles.get(fqn, _REPLICATE)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            where = f"{fqn}.{name}".lstrip(".")
+            dim = shard_dim(module, name, style, where)
+            known = dims.get(id(parameter))
+            if known is not None and dim is not None and (known[0] != dim or known[1].sizes != style.sizes):
+                raise PlanFileError(
+                    f"{where} and {known[2]} are one tensor, but the plan splits them differently.",
+                    "Give tied modules the same split, or plan again with `tpplan suggest`.",
+                )
+            if dim is not None:
+                dims[id(parameter)] = (dim, style, where)
+    return dims
+
+
+def _sharded_parameter(
+    parameter: nn.Parameter, dim: int | None, style: ModuleStyle, mesh: DeviceMesh, where: str
+) -> nn.Parameter:
+    """`parameter` as a DTensor that holds this rank's part."""
+    placement: Placement = Replicate() if dim is None else Shard(dim)
+    local = part_of_rank(parameter.detach(), dim, style, mesh.size(), mesh.get_local_rank(), where)
+    sharded = DTensor.from_local(
+        local.contiguous().clone(),
+        mesh,
+        [placement],
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    new = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    return new
+
+
+def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMesh) -> None:
+    """Hook the placements of `module`'s input and output."""
+    if style.style == "replicate":
+        if runs_locally(module):
+            use_local_region(module, mesh)
+        return
+    if style.style == "vocab":
+        _use_vocab_parallel(module, fqn, mesh)
+        return
+    wanted = Shard(-1) if style.style == "row" else Replicate()
+    module.register_forward_pre_hook(partial(_place_input, mesh, wanted))
+    if style.style == "packed":
+        module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes)))
+    elif style.style == "row" or style.output == "replicate":
+        module.register_forward_hook(_replicate_output)
+
+
+def _place_input(
+    mesh: DeviceMesh, wanted: Placement, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    first = args[0] if isinstance(args[0], DTensor) else wrap_activation(args[0], mesh)
+    placement = Shard(first.ndim - 1) if wanted.is_shard() else wanted
+    if first.placements != (placement,):
+        first = first.redistribute(placements=[placement])
+    return (first, *args[1:])
+
+
+def _replicate_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
+    return output.redistribute(placements=[Replicate()])
+
+
+def _pack_output(
+    fqn: str, sizes: tuple[int, ...], module: nn.Module, args: Any, output: DTensor
+) -> PackedOutput:
+    return PackedOutput(output.to_local(), output.device_mesh, output.ndim - 1, sizes, fqn)
+
+
+def _use_vocab_parallel(module: nn.Module, fqn: str, mesh: DeviceMesh) -> None:
+    """Give an embedding with sharded rows its own forward.
+
+    DTensor's rule is not used: it compares `padding_idx` with local rows, so that rank r > 0 would drop the
+    gradient of a real token.
+    """
+    if (
+        not isinstance(module, nn.Embedding)
+        or module.max_norm is not None
+        or module.sparse
+        or module.scale_grad_by_freq
+    ):
+        raise PlanFileError(
+            f"{fqn} has the style vocab, but is no plain nn.Embedding.", "Plan again with `tpplan suggest`."
+        )
+    module.forward = partial(_vocab_parallel_embedding, module, mesh)  # type: ignore[method-assign]
+
+
+def _vocab_parallel_embedding(module: nn.Embedding, mesh: DeviceMesh, input: torch.Tensor) -> DTensor:
+    """Rows of this rank, zero for the tokens of other ranks, summed over tp."""
+    ids = input.redistribute(placements=[Replicate()]).to_local() if isinstance(input, DTensor) else input
+    weight = module.weight
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    first = mesh.get_local_rank() * local.shape[0]
+    mine = (ids >= first) & (ids < first + local.shape[0])
+    rows = F.embedding((ids - first) * mine, local)
+    keep = mine if module.padding_idx is None else mine & (ids != module.padding_idx)
+    # A padding row is used forward but gets no gradient.
+    value = torch.where(keep.unsqueeze(-1), rows, (rows * mine.unsqueeze(-1)).detach())
+    summed = DTensor.from_local(value, mesh, [Partial()], run_check=False)
+    return summed.redistribute(placements=[Replicate()])
