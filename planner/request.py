@@ -35,6 +35,11 @@ class Request:
     gap: float = 0.005
     time_limit_s: float | None = None
 
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of matrix products."""
+        return "bfloat16" if self.precision == "bf16" else "float32"
+
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise UsageError(f"--gpus is {self.gpus}; a plan needs at least one GPU.", "Give --gpus 1 or more.")

@@ -23,6 +23,7 @@ ALLOWED = {
 # The only files outside runtime/ that may import torch (tracing, targets, measuring).
 TORCH_ALLOWED_ELSEWHERE = {
     "planner/trace.py",
+    "planner/local_gpus.py",
     "planner/target.py",
 }
 

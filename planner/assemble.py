@@ -1,0 +1,281 @@
+"""From the search's answer to a `Plan`: names, placements, predictions and the certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .choices import CostModel, absolute_name, breakdown
+from .evaluate import Evaluation
+from .graph import ModelGraph
+from .mesh import Mesh
+from .plan import (
+    BatchSection,
+    HardwareSection,
+    InputSection,
+    MeshSection,
+    ModelSection,
+    ModuleStyle,
+    ParameterPlacement,
+    Plan,
+    PrecisionSection,
+    PredictedSection,
+    Redistribute,
+    ScheduleSection,
+    ShardingSection,
+    StageSection,
+    TensorParallelSection,
+)
+from .problem import Assignment
+
+
+def mesh_section(mesh: Mesh) -> MeshSection:
+    """The degrees under their long names."""
+    return MeshSection(
+        pipeline_parallel_degree=mesh.pp,
+        data_parallel_replicate_degree=mesh.dp_replicate,
+        data_parallel_shard_degree=mesh.dp_shard,
+        tensor_parallel_degree=mesh.tp,
+    )
+
+
+def stage_spans(boundaries: Sequence[int]) -> list[range]:
+    """Unit positions of each stage."""
+    return [range(begin, end) for begin, end in zip((0, *boundaries), boundaries, strict=False)]
+
+
+def stage_sections(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[StageSection]:
+    """One entry a stage: its units, recomputation, FSDP groups and what crosses its borders."""
+    units = model.graph.units
+    spans = stage_spans(assignment.boundaries)
+    sections = []
+    for index, span in enumerate(spans):
+        modules, recompute, groups = [], {}, []
+        for position in span:
+            unit, facts = units[position], model.facts[position]
+            if unit.replicated or not unit.fqn:
+                continue
+            if unit.fqn not in modules:
+                modules.append(unit.fqn)
+            mode = model.layer(position, mesh)[0][assignment.choices[position]].name
+            if mode != "none":
+                recompute[unit.fqn] = mode
+            if facts.own_group:
+                groups.append(unit.fqn)
+        sections.append(
+            StageSection(
+                index=index,
+                pipeline_rank=index,
+                modules=modules,
+                replicated_modules=[u.fqn for u in units if u.replicated],
+                recompute=recompute,
+                fsdp_units=groups,
+                receives=wire_names(model.graph, span.start - 1) if index else [],
+                sends=wire_names(model.graph, span.stop - 1) if index + 1 < len(spans) else [],
+            )
+        )
+    return sections
+
+
+def wire_names(graph: ModelGraph, position: int) -> list[str]:
+    """Tensors that a cut after `position` sends, as fqn:call:leaf."""
+    units = graph.units
+    return [f"{units[source].fqn}:{units[source].call}:{leaf}" for source, leaf in units[position].wire]
+
+
+def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSection:
+    """Styles of every sharded module (none where tp is 1)."""
+    sharding = model.sharding
+    if mesh.tp == 1:
+        return TensorParallelSection()
+    return TensorParallelSection(
+        styles={
+            fqn: ModuleStyle(style=s.style, sizes=list(s.sizes), output=s.output)
+            for fqn, s in sorted(sharding.styles.items())
+        },
+        attention=sorted(sharding.attention),
+        loss_parallel=sharding.loss_parallel,
+    )
+
+
+def parameter_placements(model: CostModel, mesh: Mesh, stages: Sequence[StageSection]) -> dict[str, ParameterPlacement]:
+    """Placement of every parameter on the axes that shard it, and the stages that hold it."""
+    placements = {}
+    users = parameter_positions(model)
+    spans = position_to_stage(model, stages)
+    for name, parameter in sorted(model.graph.parameters.items()):
+        if parameter.is_buffer:
+            continue
+        dim = model.sharding.parameter_split.get(name) if mesh.tp > 1 else None
+        placements[name] = ParameterPlacement(
+            tp="Replicate()" if dim is None else f"Shard(dim={dim})",
+            dp_shard="Shard(dim=0)" if mesh.dp_shard > 1 else "Replicate()",
+            stages=sorted({spans[p] for p in users.get(name, [0]) if p in spans}),
+        )
+    return placements
+
+
+def parameter_positions(model: CostModel) -> dict[str, list[int]]:
+    """Canonical parameter name -> positions of the units that read it."""
+    users: dict[str, list[int]] = {}
+    for position, facts in enumerate(model.facts):
+        for name in facts.parameter_names + facts.shared_names:
+            users.setdefault(name, []).append(position)
+    return users
+
+
+def position_to_stage(model: CostModel, stages: Sequence[StageSection]) -> dict[int, int]:
+    """Unit position -> stage index, for units that one stage owns."""
+    owner = {fqn: stage.index for stage in stages for fqn in stage.modules}
+    return {u.position: owner.get(u.fqn, 0) for u in model.graph.units if not u.replicated}
+
+
+def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[Redistribute]:
+    """Every change of placement that the plan pays for, per microbatch, in execution order."""
+    found = []
+    b = mesh.microbatch_size
+    if mesh.tp > 1:
+        for unit in model.graph.units:
+            for item in model.sharding.of_class(unit.class_index).collectives:
+                found.append(
+                    Redistribute(
+                        module=absolute_name(unit.fqn, item.module),
+                        axis="tp",
+                        collective=item.collective,
+                        phase=item.phase,
+                        bytes_per_microbatch=round(item.bytes.at(b)),
+                    )
+                )
+    for position in assignment.boundaries[:-1]:
+        unit = model.graph.units[position - 1]
+        n_bytes = model.wire_bytes(unit.position, b)
+        for phase in ("forward", "backward"):
+            found.append(
+                Redistribute(
+                    module=unit.fqn, axis="pp", collective="send_recv", phase=phase, bytes_per_microbatch=n_bytes
+                )
+            )
+    return found
+
+
+def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> list[dict[str, int]]:
+    """Bytes of each stage by part; the parts of a stage sum to its device bytes."""
+    fixed = model.fixed_bytes(mesh)
+    result = []
+    for span, memory in zip(stage_spans(assignment.boundaries), evaluation.memory, strict=True):
+        parts = dict.fromkeys(("parameters", "gradients", "optimizer", "gathered", "buffers"), 0)
+        for position in span:
+            static = model.static_parts(position, mesh)
+            for name in parts:
+                parts[name] += getattr(static, name)
+        parts["activations"] = memory.in_flight * (memory.saved_bytes + memory.cut_bytes)
+        parts["transient"] = memory.transient_bytes
+        assert sum(parts.values()) == memory.total_bytes
+        result.append({**parts, "reserve": model.reserve_bytes(memory.total_bytes), **fixed})
+    return result
+
+
+def predicted_section(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> PredictedSection:
+    """What the cost model expects; `step_time_s` is the evaluation's own float."""
+    request, step = model.request, evaluation.step_time_s
+    memory = memory_parts(model, mesh, assignment, evaluation)
+    samples = request.global_batch / step
+    flops = model_flops(model.graph, request.global_batch)
+    return PredictedSection(
+        step_time_s=step,
+        tokens_per_s_per_gpu=samples * tokens_per_sample(model.graph) / mesh.world_size,
+        samples_per_s=samples,
+        mfu=flops / (step * mesh.world_size * model.profile.peak_flops(request.compute_dtype)),
+        peak_memory_bytes=list(evaluation.stage_bytes),
+        device_bytes=[sum(parts.values()) for parts in memory],
+        breakdown_s=breakdown(model, mesh, assignment.boundaries, assignment.choices, step),
+        memory_bytes=memory,
+        bubble_fraction=evaluation.timeline.bubble_fraction,
+    )
+
+
+def model_flops(graph: ModelGraph, samples: int) -> float:
+    """FLOPs of forward and backward over `samples` (attention not halved for causality), without recomputation."""
+    return (graph.flops_forward + graph.flops_backward).per_sample * samples
+
+
+def tokens_per_sample(graph: ModelGraph) -> int:
+    """Sequence length for models that read token ids, 1 for the others (a sample is an image, a row)."""
+    length = graph.sequence_length
+    for item in graph.inputs:
+        if item.dtype.startswith("int") and len(item.shape) == 2 and item.shape[1].at(1) == length:
+            return length
+    return 1
+
+
+def input_sections(graph: ModelGraph) -> list[InputSection]:
+    """The model's inputs with "B" and "S" in place of the batch and the sequence length."""
+    sections = []
+    for item in graph.inputs:
+        shape: list[int | str] = []
+        for d in item.shape:
+            if d.per_sample == 1 and d.base == 0:
+                shape.append("B")
+            elif d.per_sample == 0 and d.base == graph.sequence_length:
+                shape.append("S")
+            else:
+                shape.append(int(d.at(1)))
+        sections.append(InputSection(name=item.name, dtype=item.dtype, shape=shape))
+    return sections
+
+
+def build_plan(
+    model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation, fields: Mapping[str, Any]
+) -> Plan:
+    """The plan of one assignment; `fields` are the sections that do not depend on it (model, solver, ...)."""
+    request, profile = model.request, model.profile
+    stages = stage_sections(model, mesh, assignment)
+    return Plan(
+        hardware=HardwareSection(
+            name=profile.name,
+            hash=profile.hash,
+            gpus=request.gpus,
+            gpus_per_node=request.gpus_per_node,
+            memory_limit_bytes=request.memory_limit_bytes,
+            peak_flops=profile.peak_flops(request.compute_dtype),
+            peak_name=f"{profile.name} dense {request.compute_dtype}",
+        ),
+        mesh=mesh_section(mesh),
+        batch=BatchSection(
+            global_batch=request.global_batch,
+            microbatch_size=mesh.microbatch_size,
+            microbatches=mesh.microbatches,
+            sequence_length=request.sequence_length,
+        ),
+        schedule=ScheduleSection(name=mesh.schedule, gradient_sync=mesh.gradient_sync),
+        precision=PrecisionSection(
+            name=request.precision, compute_dtype=request.compute_dtype, optimizer=request.optimizer
+        ),
+        sharding=ShardingSection(zero_stage=mesh.zero_stage, reshard_after_forward=mesh.zero_stage == 3),
+        stages=stages,
+        tensor_parallel=tensor_parallel_section(model, mesh),
+        parameters=parameter_placements(model, mesh, stages),
+        redistributes=redistributes(model, mesh, assignment),
+        predicted=predicted_section(model, mesh, assignment, evaluation),
+        **fields,
+    )
+
+
+def model_section(graph: ModelGraph, layers: int, **fields: Any) -> ModelSection:
+    """What the plan says of the model; `fields` come from the target (spec, arguments, loss)."""
+    per_sample = graph.flops_forward + graph.flops_backward
+    distinct = [p for p in graph.parameters.values() if not p.is_buffer]
+    return ModelSection(
+        name=graph.name,
+        hash=graph.hash,
+        parameters=sum(p.numel for p in distinct),
+        trainable_parameters=sum(p.numel for p in distinct if p.requires_grad),
+        buffers=sum(p.numel for p in graph.parameters.values() if p.is_buffer),
+        layers=layers,
+        classes=len(graph.classes),
+        flops_per_sample=per_sample.per_sample,
+        inputs=input_sections(graph),
+        tied=[list(group) for group in graph.tied],
+        batch_norm=list(graph.batch_norm),
+        **fields,
+    )

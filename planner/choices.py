@@ -1,0 +1,482 @@
+"""From graph, sharding, profile and request to the `Problem` of each mesh: the only place where costs meet layers.
+
+    unit x (tp, microbatch)          -> UnitTimes, UnitMemory           (unit_costs.py, remembered)
+    unit x mesh x recomputation      -> Parts (seconds by part) -> Choice
+    mesh                             -> Problem
+
+`Parts` of a choice sum to its times, so that the plan's breakdown and its step time are the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..costmodels.collectives import collective_s
+from ..costmodels.compute import kernel_s, optimizer_s
+from ..costmodels.memory import (
+    DataParallel,
+    UnitParameters,
+    ceil_div,
+    kept_gathered_bytes,
+    sharded_state_bytes,
+    transient_weight_bytes,
+)
+from ..costmodels.overlap import overlapped_s
+from ..hardware_profiles.schema import Profile
+from ..units import DTYPE_BYTES
+from .graph import ModelGraph, UnitClass
+from .mesh import Mesh
+from .problem import Choice, Layer, Problem
+from .request import RECOMPUTE, Request
+from .sharding import Sharding
+from .unit_costs import KernelClock, UnitMemory, UnitTimes, saved_storages, unit_memory, unit_times
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Seconds of one layer by part: per microbatch (forward + backward), and once a step."""
+
+    compute_s: float = 0.0
+    recompute_s: float = 0.0
+    tp_comm_s: float = 0.0
+    dp_comm_s: float = 0.0
+    once_dp_comm_s: float = 0.0
+    optimizer_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StaticParts:
+    """Bytes of one layer that stay, by part."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return self.parameters + self.gradients + self.optimizer + self.gathered + self.buffers
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFacts:
+    """What is fixed for a unit whatever the mesh.
+
+    parameter_names, buffer_names : absolute, canonical names first used by this unit, and shared ones
+    shared_names : parameters that an earlier unit uses too (tied)
+    elsewhere : storages of its class that another unit already keeps
+    may_recompute : a module of its own, without operators of its parents
+    own_group : wrapped by fully_shard on its own
+    kind : equal for units with equal class and equal `elsewhere`
+    cut_after : a stage may end here: the trace allows it, and no module is called on both sides
+    """
+
+    parameter_names: tuple[str, ...]
+    shared_names: tuple[str, ...]
+    buffer_names: tuple[str, ...]
+    elsewhere: frozenset[int]
+    may_recompute: bool
+    own_group: bool
+    kind: int
+    cut_after: bool
+
+
+class CostModel:
+    """Prices every layer of one traced model on one hardware profile for one request."""
+
+    def __init__(self, graph: ModelGraph, sharding: Sharding, profile: Profile, request: Request) -> None:
+        self.graph = graph
+        self.sharding = sharding
+        self.profile = profile
+        self.request = request
+        self.device = profile.device.shared_by(request.gpus)
+        self.links = profile.links.with_node_size(request.gpus_per_node)
+        self.clock = KernelClock(self.device, fused=self.device.kind == "cuda")
+        self.facts = unit_facts(graph)
+        self._times: dict[tuple[int, int, int], UnitTimes] = {}
+        self._memory: dict[tuple[int, int, int], UnitMemory] = {}
+        self._layers: dict[tuple[object, ...], tuple[tuple[Choice, ...], tuple[Parts, ...]]] = {}
+
+    def times(self, position: int, tp: int, b: int) -> UnitTimes:
+        """Seconds of the unit at `position` (see `UnitTimes`)."""
+        unit = self.graph.units[position]
+        key = (unit.class_index, tp, b)
+        if key not in self._times:
+            cls = self.graph.classes[unit.class_index]
+            fused = self.facts[position].may_recompute  # the units that the runtime compiles
+            self._times[key] = unit_times(
+                cls, self.sharding.of_class(unit.class_index), tp, b, self.clock, self.links, fused
+            )
+        return self._times[key]
+
+    def memory(self, position: int, tp: int, b: int) -> UnitMemory:
+        """Bytes kept by the unit at `position` (see `UnitMemory`)."""
+        facts = self.facts[position]
+        key = (facts.kind, tp, b)
+        if key not in self._memory:
+            index = self.graph.units[position].class_index
+            self._memory[key] = unit_memory(
+                self.graph.classes[index], self.sharding.of_class(index), tp, b, facts.elsewhere
+            )
+        return self._memory[key]
+
+    def parameters(self, position: int, mesh: Mesh) -> UnitParameters:
+        """Elements of the unit's parameters on one tp rank; tied ones count once where one stage has them all."""
+        facts = self.facts[position]
+        names = facts.parameter_names if mesh.pp == 1 else facts.parameter_names + facts.shared_names
+        trainable = frozen = 0
+        for name in names:
+            parameter = self.graph.parameters[name]
+            divided = mesh.tp > 1 and name in self.sharding.parameter_split
+            local = ceil_div(parameter.numel, mesh.tp) if divided else parameter.numel
+            if parameter.requires_grad:
+                trainable += local
+            else:
+                frozen += local
+        return UnitParameters(trainable, frozen)
+
+    def data_parallel(self, mesh: Mesh, position: int) -> DataParallel:
+        """How the unit's parameters live on the data-parallel ranks."""
+        resharded = mesh.zero_stage == 3 and self.facts[position].own_group
+        return DataParallel(
+            dp_shard=mesh.dp_shard,
+            dp_replicate=mesh.dp_replicate,
+            reshard_after_forward=resharded,
+            sync_every=mesh.gradient_sync == "every",
+            compute_bytes=2 if self.request.precision == "bf16" else 4,
+            optimizer_states=2 if self.request.optimizer == "adamw" else 0,
+        )
+
+    def layer(self, position: int, mesh: Mesh) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
+        """Choices of the unit at `position` under `mesh`, and the parts of each."""
+        facts = self.facts[position]
+        parameters = self.parameters(position, mesh)
+        key = (
+            *(facts.kind, facts.may_recompute, parameters, position == 0),
+            *(mesh.tp, mesh.microbatch_size, mesh.dp_shard, mesh.dp_replicate, mesh.zero_stage, mesh.gradient_sync),
+            *(mesh.pp > 1, facts.own_group, self.buffer_bytes(position)),
+        )
+        if key not in self._layers:
+            self._layers[key] = self._price(position, mesh, parameters)
+        return self._layers[key]
+
+    def _price(
+        self, position: int, mesh: Mesh, p: UnitParameters
+    ) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
+        dp = self.data_parallel(mesh, position)
+        times = self.times(position, mesh.tp, mesh.microbatch_size)
+        memory = self.memory(position, mesh.tp, mesh.microbatch_size)
+        traffic = self._traffic(p, dp, mesh)
+        static = self.static_parts(position, mesh).total
+        weights = transient_weight_bytes(p, dp)
+        choices, parts = [], []
+        for mode in RECOMPUTE if self.facts[position].may_recompute else ("none",):
+            pinned = self.request.pins.get("recompute")
+            if pinned is not None and mode != pinned and self.facts[position].may_recompute:
+                continue
+            again = {"none": 0.0, "selective": times.again_selective_s, "full": times.again_full_s}[mode]
+            again_tp = times.tp_forward_s if mode == "full" else 0.0
+            forward = times.forward_s + times.tp_forward_s
+            backward = times.backward_s + times.tp_backward_s + again + again_tp
+            f, b, f_once, b_once = traffic.exposed(forward, backward, dp, first=position == 0)
+            kept = {"none": memory.none, "selective": memory.selective, "full": memory.full}[mode]
+            optimizer = self._optimizer_s(p, dp)
+            choices.append(
+                Choice(
+                    name=mode,
+                    forward_s=f,
+                    backward_s=b,
+                    first_forward_extra_s=f_once,
+                    last_backward_extra_s=b_once,
+                    tail_s=optimizer,
+                    static_bytes=static,
+                    saved_bytes=kept,
+                    transient_bytes=memory.workspace + (memory.none - kept) + weights,
+                )
+            )
+            parts.append(
+                Parts(
+                    compute_s=times.forward_s + times.backward_s,
+                    recompute_s=again,
+                    tp_comm_s=times.tp_forward_s + times.tp_backward_s + again_tp,
+                    dp_comm_s=f + b - forward - backward,
+                    once_dp_comm_s=f_once + b_once,
+                    optimizer_s=optimizer,
+                )
+            )
+        return tuple(choices), tuple(parts)
+
+    def static_parts(self, position: int, mesh: Mesh) -> StaticParts:
+        """Bytes of the unit that stay on one rank, by part."""
+        p, dp = self.parameters(position, mesh), self.data_parallel(mesh, position)
+        per_copy = 4 * ceil_div(p.trainable, dp.dp_shard)
+        state = sharded_state_bytes(p, dp)
+        return StaticParts(
+            parameters=state - per_copy * (1 + dp.optimizer_states),
+            gradients=per_copy,
+            optimizer=per_copy * dp.optimizer_states,
+            gathered=kept_gathered_bytes(p, dp),
+            buffers=self.buffer_bytes(position),
+        )
+
+    def buffer_bytes(self, position: int) -> int:
+        """Bytes of the buffers that the unit is the first to use."""
+        specs = [self.graph.parameters[name] for name in self.facts[position].buffer_names]
+        return sum(spec.numel * DTYPE_BYTES[spec.dtype] for spec in specs)
+
+    def _optimizer_s(self, p: UnitParameters, dp: DataParallel) -> float:
+        local = ceil_div(p.trainable, dp.dp_shard)
+        if not local:
+            return 0.0
+        norm = kernel_s("memory", 0.0, 4.0 * local, (), "float32", "forward", self.device)
+        return optimizer_s(local, self.device) + norm
+
+    def _traffic(self, p: UnitParameters, dp: DataParallel, mesh: Mesh) -> Traffic:
+        links, device = self.links, self.device
+        gather = collective_s("all_gather", dp.compute_bytes * p.total, dp.dp_shard, mesh.tp, links)
+        reduce = collective_s("reduce_scatter", dp.reduce_bytes * p.trainable, dp.dp_shard, mesh.tp, links)
+        shard = dp.reduce_bytes * ceil_div(p.trainable, dp.dp_shard)
+        reduce += collective_s("all_reduce", shard, dp.dp_replicate, mesh.tp * dp.dp_shard, links)
+
+        def copy_s(n_bytes: float) -> float:
+            if not n_bytes:
+                return 0.0
+            return kernel_s("memory", 0.0, n_bytes, (), "bfloat16", "forward", device)
+
+        return Traffic(
+            gather_s=gather,
+            reduce_s=reduce,
+            gather_copy_s=copy_s(2 * dp.compute_bytes * p.total),
+            reduce_copy_s=copy_s((dp.compute_bytes + dp.reduce_bytes) * p.trainable),
+            accumulate_s=copy_s((dp.compute_bytes + 2 * dp.reduce_bytes) * p.trainable),
+            compute_slowdown=device.overlap_compute_slowdown,
+            comm_slowdown=device.overlap_communication_slowdown,
+        )
+
+    def problem(self, mesh: Mesh) -> Problem:
+        """The planning problem of one mesh."""
+        layers = []
+        kinds: dict[object, int] = {}
+        stride = mesh.tp * mesh.dp
+        for unit in self.graph.units:
+            choices, _ = self.layer(unit.position, mesh)
+            wire = self.wire_bytes(unit.position, mesh.microbatch_size) if mesh.pp > 1 else 0
+            cut = self.facts[unit.position].cut_after and mesh.pp > 1
+            send = collective_s("send_recv", wire, 2, stride, self.links) if cut else 0.0
+            kind = kinds.setdefault((id(choices), cut, send, wire), len(kinds))
+            layers.append(Layer(kind=kind, choices=choices, cut_after=cut, send_s=send, cut_bytes=wire if cut else 0))
+        return Problem(
+            layers=tuple(layers),
+            stages=mesh.pp,
+            microbatches=mesh.microbatches,
+            schedule=mesh.schedule,
+            memory_bytes=self.active_limit(mesh),
+            step_fixed_s=self.step_fixed_s(mesh),
+        )
+
+    def fixed_bytes(self, mesh: Mesh) -> dict[str, int]:
+        """Bytes on every device before the first tensor: CUDA context, and NCCL by its communicators."""
+        device = self.device
+        groups = sum(degree > 1 for degree in (mesh.tp, mesh.pp, mesh.dp_shard, mesh.dp_replicate))
+        nccl = device.nccl_base_bytes + groups * device.nccl_communicator_bytes
+        return {"context": device.context_bytes, "nccl": nccl if groups else 0}
+
+    def reserve_bytes(self, active_bytes: int) -> int:
+        """What the allocator reserves above the peak of active bytes."""
+        return math.ceil(self.device.reserve_fraction * active_bytes)
+
+    def active_limit(self, mesh: Mesh) -> int:
+        """The largest peak of active bytes whose device bytes (reserve, context, NCCL) stay within the limit."""
+        room = self.request.memory_limit_bytes - sum(self.fixed_bytes(mesh).values())
+        active = math.floor(room / (1 + self.device.reserve_fraction))
+        while active > 0 and active + self.reserve_bytes(active) > room:
+            active -= 1
+        return max(active, 0)
+
+    def step_fixed_s(self, mesh: Mesh) -> float:
+        """Once a step: the all-reduce of the gradient norm over all ranks."""
+        return collective_s("all_reduce", 4, mesh.world_size, 1, self.links)
+
+    def wire_bytes(self, position: int, b: int) -> int:
+        """Bytes that a cut right after the unit sends forward for one microbatch."""
+        total = 0.0
+        for source, output in self.graph.units[position].wire:
+            cls = self.graph.classes[self.graph.units[source].class_index]
+            spec = cls.tensors[cls.outputs[output]]
+            elements = 1.0
+            for d in spec.shape:
+                elements *= d.at(b)
+            total += elements * DTYPE_BYTES[spec.dtype]
+        return round(total)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Seconds of one unit's FSDP traffic on one rank: collectives, and the copies around them."""
+
+    gather_s: float
+    reduce_s: float
+    gather_copy_s: float
+    reduce_copy_s: float
+    accumulate_s: float
+    compute_slowdown: float
+    comm_slowdown: float
+
+    def exposed(
+        self, forward_s: float, backward_s: float, dp: DataParallel, *, first: bool
+    ) -> tuple[float, float, float, float]:
+        """(forward, backward, first-forward extra, last-backward extra) with FSDP's prefetch and overlap.
+
+                                gather in            reduce in
+            ZeRO-3, every       forward, backward    every backward
+            ZeRO-2, every       forward              every backward
+            ZeRO-3, last        forward, backward    last backward
+            ZeRO-2, last        first forward        last backward
+
+        The step's first gather and last reduction (unit `first`) have nothing to hide behind.
+        """
+
+        def beside(compute: float, comm: float) -> float:
+            if first:
+                return compute + comm
+            return overlapped_s(compute, comm, self.compute_slowdown, self.comm_slowdown)
+
+        again = dp.reshard_after_forward
+        gathered_forward = beside(forward_s + self.gather_copy_s, self.gather_s)
+        copy, comm = (self.gather_copy_s, self.gather_s) if again else (0.0, 0.0)
+        reduced = beside(backward_s + copy + self.reduce_copy_s, comm + self.reduce_s)
+        if dp.sync_every:
+            return gathered_forward, reduced, 0.0, 0.0
+        kept = beside(backward_s + copy, comm) + self.accumulate_s
+        if again:
+            return gathered_forward, kept, 0.0, max(0.0, reduced - kept)
+        return forward_s, kept, gathered_forward - forward_s, max(0.0, reduced - kept)
+
+
+def unit_facts(graph: ModelGraph) -> tuple[UnitFacts, ...]:
+    """`UnitFacts` of every unit of the chain, in order."""
+    canonical = {name: group[0] for group in graph.tied for name in group}
+    cuts = legal_cuts(graph)
+    shared_by_ties = set(canonical.values())
+    seen: set[str] = set()
+    users: dict[str, int] = {}
+    raw = []
+    for unit in graph.units:
+        cls = graph.classes[unit.class_index]
+        names = [canonical.get(n, n) for n in absolute_names(unit.fqn, cls)]
+        names = list(dict.fromkeys(names))
+        for name in names:
+            users[name] = users.get(name, 0) + 1
+        raw.append((unit, cls, names))
+    kinds: dict[object, int] = {}
+    facts = []
+    first_user_of_replicated: set[tuple[int, int]] = set()
+    left_over = [n for n in graph.parameters if canonical.get(n, n) == n and n not in users]
+    for unit, cls, names in raw:
+        if unit.position == 0:
+            names = names + left_over
+        own = [n for n in names if n not in seen]
+        seen.update(names)
+        parameters = [n for n in own if not graph.parameters[n].is_buffer]
+        shared = [n for n in names if n not in own and not graph.parameters[n].is_buffer]
+        elsewhere = kept_elsewhere(graph, unit.position, first_user_of_replicated)
+        glue = any(op.fqn.startswith("/") for op in cls.ops)
+        works = any(op.forward.kind in ("gemm", "conv", "attention") for op in cls.ops)
+        single = all(users[n] == 1 and n not in shared_by_ties for n in parameters + shared)
+        facts.append(
+            UnitFacts(
+                parameter_names=tuple(parameters),
+                shared_names=tuple(shared),
+                buffer_names=tuple(n for n in own if graph.parameters[n].is_buffer),
+                elsewhere=elsewhere,
+                may_recompute=works and not glue and unit.call == 0 and not unit.replicated and bool(parameters),
+                own_group=single and bool(parameters) and unit.call == 0,
+                kind=kinds.setdefault((unit.class_index, elsewhere), len(kinds)),
+                cut_after=unit.position in cuts,
+            )
+        )
+    return tuple(facts)
+
+
+def legal_cuts(graph: ModelGraph) -> set[int]:
+    """Positions after which a stage may end: traced as legal, and no module is called on both sides.
+
+    (A module called twice with a cut between its calls would need its parameters on two stages.)
+    """
+    last_call = {unit.fqn: unit.position for unit in graph.units if unit.fqn and not unit.replicated}
+    legal, open_until = set(), -1
+    for unit in graph.units:
+        open_until = max(open_until, last_call.get(unit.fqn, -1))
+        if unit.cut_after and open_until <= unit.position:
+            legal.add(unit.position)
+    return legal
+
+
+def absolute_names(unit_fqn: str, cls: UnitClass) -> list[str]:
+    """The class's parameter and buffer names in the user's model, for the unit at `unit_fqn`."""
+    return [absolute_name(unit_fqn, p.fqn) for p in cls.parameters]
+
+
+def absolute_name(unit_fqn: str, relative: str) -> str:
+    """A name relative to a unit ("/x" is already absolute) as the model spells it.
+
+    >>> absolute_name("model.layers.3", "mlp.up_proj.weight"), absolute_name("lm_head", "/model.norm.weight")
+    ('model.layers.3.mlp.up_proj.weight', 'model.norm.weight')
+    """
+    if relative.startswith("/"):
+        return relative[1:]
+    return ".".join(part for part in (unit_fqn, relative) if part)
+
+
+def kept_elsewhere(graph: ModelGraph, position: int, seen: set[tuple[int, int]]) -> frozenset[int]:
+    """Input storages of a unit that its producer, the batch, or an earlier unit already keeps.
+
+    `seen` collects outputs of replicated units (rotary tables) that one unit has been charged for.
+    """
+    unit = graph.units[position]
+    cls = graph.classes[unit.class_index]
+    counted = set()
+    for tensor, (source, output) in zip(cls.inputs, unit.sources, strict=True):
+        base = cls.tensors[tensor].base
+        if source < 0:
+            counted.add(base)
+            continue
+        producer = graph.units[source]
+        producer_cls = graph.classes[producer.class_index]
+        produced = producer_cls.tensors[producer_cls.outputs[output]].base
+        if producer.replicated:
+            if (source, output) in seen:
+                counted.add(base)
+            seen.add((source, output))
+        elif produced in saved_storages(producer_cls):
+            counted.add(base)
+    return frozenset(counted)
+
+
+def breakdown(
+    model: CostModel, mesh: Mesh, boundaries: Sequence[int], choices: Sequence[int], step_time_s: float
+) -> dict[str, float]:
+    """The step time by part on the busiest stage; the parts sum to `step_time_s`.
+
+    "bubble" is what remains: waiting for other stages, transfers, and the fixed cost of a step.
+    """
+    stages = []
+    begin = 0
+    for end in boundaries:
+        total = dict.fromkeys(("compute", "recompute", "tp_comm", "dp_comm", "optimizer"), 0.0)
+        for position in range(begin, end):
+            parts = model.layer(position, mesh)[1][choices[position]]
+            m = mesh.microbatches
+            total["compute"] += m * parts.compute_s
+            total["recompute"] += m * parts.recompute_s
+            total["tp_comm"] += m * parts.tp_comm_s
+            total["dp_comm"] += m * parts.dp_comm_s + parts.once_dp_comm_s
+            total["optimizer"] += parts.optimizer_s
+        stages.append(total)
+        begin = end
+    busiest = max(stages, key=lambda t: sum(t.values()))
+    return {**busiest, "bubble": step_time_s - sum(busiest.values())}

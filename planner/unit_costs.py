@@ -1,0 +1,221 @@
+"""What one unit of the chain costs on one tensor-parallel rank at one microbatch size: seconds and bytes.
+
+Times come from `costmodels.compute` and `costmodels.collectives`, operator by operator; a unit is host-bound
+when issuing its operators takes longer than running them. Bytes come from the traced saved tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..costmodels.collectives import collective_s
+from ..costmodels.compute import host_floor_s, kernel_s
+from ..hardware_profiles.schema import DeviceModel, LinkModel
+from ..units import DTYPE_BYTES
+from .graph import Affine, Kernel, Op, UnitClass
+from .sharding import ClassSharding
+
+Dims = tuple[Affine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTimes:
+    """Seconds of one unit and microbatch on one rank, by part.
+
+    forward_s, backward_s : operators (host floor included), without collectives
+    again_selective_s, again_full_s : forward operators that run again in backward under recomputation
+    tp_forward_s, tp_backward_s : tensor-parallel collectives (exposed)
+    """
+
+    forward_s: float
+    backward_s: float
+    again_selective_s: float
+    again_full_s: float
+    tp_forward_s: float
+    tp_backward_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitMemory:
+    """Bytes of one unit and microbatch on one rank.
+
+    none, selective, full : kept from forward to backward under each recomputation
+    workspace : peak above what is kept while the unit runs backward, without recomputation
+    """
+
+    none: int
+    selective: int
+    full: int
+    workspace: int
+
+
+def is_matmul(op: Op) -> bool:
+    """Whether the operator is a linear layer's matrix product (what selective recomputation counts)."""
+    return op.forward.kind == "gemm" and "bmm" not in op.name and "baddbmm" not in op.name
+
+
+def kept_by_selective(ops: Sequence[Op]) -> set[int]:
+    """Indices of the operators whose outputs selective recomputation keeps: attention and every second matmul.
+
+    The first, third, ... matmul of the unit is kept, the second, fourth, ... runs again.
+    """
+    kept, matmuls = set(), 0
+    for i, op in enumerate(ops):
+        if op.forward.kind == "attention":
+            kept.add(i)
+        elif is_matmul(op):
+            if matmuls % 2 == 0:
+                kept.add(i)
+            matmuls += 1
+    return kept
+
+
+def split_dims(kernel: Kernel, split: str, tp: int, forward_dims: Dims) -> Dims:
+    """The kernel's dimensions on one of `tp` ranks.
+
+    `split` names what tensor parallelism divides in the *forward* operator: "n" (col), "k" (row), "batch",
+    "heads". For a gemm out[m, n] = a[m, k] b[k, n], the input gradient is grad[m, n] b^T[n, k] (its n is k and its
+    k is n), the weight gradient has m as contraction and n, k outside.
+    """
+    dims = list(kernel.dims)
+    if kernel.kind == "attention":
+        dims[1] = dims[1].scaled(1 / tp)
+        dims[2] = dims[2].scaled(1 / tp)
+        return tuple(dims)
+    if kernel.kind != "gemm":
+        return kernel.dims
+    if split == "batch" or len(forward_dims) < 4:
+        dims[0] = dims[0].scaled(1 / tp)
+        return tuple(dims)
+    index = {"m": 1, "n": 2, "k": 3}.get(split)
+    if index is None:
+        return kernel.dims
+    if kernel.wrt in ("input", "weight"):
+        wanted = forward_dims[index]
+        places = [i for i in (2, 3, 1) if dims[i] == wanted]
+        if kernel.wrt == "weight":
+            places = [i for i in (1, 2) if dims[i] == wanted] or places
+        index = places[0] if places else index
+    dims[index] = dims[index].scaled(1 / tp)
+    return tuple(dims)
+
+
+def local_bytes(kernel: Kernel, dims: Dims, split: bool, tp: int, b: int) -> float:
+    """Least traffic of the kernel on one rank; a gemm's from its local dimensions."""
+    if not split:
+        return kernel.bytes_moved.at(b)
+    if kernel.kind == "gemm":
+        batch, m, n, k = (d.at(b) for d in dims)
+        return batch * (m * k + k * n + m * n) * DTYPE_BYTES[kernel.dtype]
+    return kernel.bytes_moved.at(b) / tp
+
+
+class KernelClock:
+    """Seconds of traced kernels on one device, remembered by what they depend on."""
+
+    def __init__(self, device: DeviceModel, fused: bool) -> None:
+        self.device = device
+        self.fused = fused
+        self._seen: dict[tuple[object, ...], float] = {}
+
+    def seconds(self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool) -> float:
+        """Seconds of one kernel at microbatch `b` on one of `tp` ranks."""
+        if kernel.kind == "free":
+            return 0.0
+        divided = split is not None and tp > 1
+        dims = split_dims(kernel, split or "", tp, forward_dims) if divided else kernel.dims
+        flops = kernel.flops.at(b) / (tp if divided else 1)
+        moved = local_bytes(kernel, dims, divided, tp, b)
+        sizes = tuple(d.at(b) for d in dims)
+        fused = fused and self.fused
+        key = (kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, fused)
+        if key not in self._seen:
+            self._seen[key] = kernel_s(
+                kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, self.device, fused=fused
+            )
+        return self._seen[key]
+
+
+def unit_times(
+    cls: UnitClass, sharding: ClassSharding | None, tp: int, b: int, clock: KernelClock, links: LinkModel, fused: bool
+) -> UnitTimes:
+    """Seconds of one unit of class `cls` (see `UnitTimes`); `fused` = its element-wise operators are compiled."""
+    kept = kept_by_selective(cls.ops)
+    forward = backward = again_selective = 0.0
+    forward_ops = backward_ops = again_ops = 0
+    for i, op in enumerate(cls.ops):
+        split = sharding.op_split[i] if sharding is not None and tp > 1 else None
+        one = clock.seconds(op.forward, split, tp, b, op.forward.dims, fused)
+        launched = op.forward.kind != "free"
+        forward += one
+        forward_ops += launched
+        if i not in kept:
+            again_selective += one
+            again_ops += launched
+        for kernel in op.backward:
+            backward += clock.seconds(kernel, split, tp, b, op.forward.dims, fused)
+            backward_ops += kernel.kind != "free"
+    device = clock.device
+    compiled = fused and clock.fused
+
+    def busy(gpu_s: float, ops: int) -> float:
+        return max(gpu_s, host_floor_s(ops, device, compiled=compiled))
+
+    tp_forward = tp_backward = 0.0
+    if sharding is not None and tp > 1:
+        for item in sharding.collectives:
+            seconds = collective_s(item.collective, item.bytes.at(b), tp, 1, links)
+            if item.phase == "forward":
+                tp_forward += seconds
+            else:
+                tp_backward += seconds
+    return UnitTimes(
+        forward_s=busy(forward, forward_ops),
+        backward_s=busy(backward, backward_ops),
+        again_selective_s=busy(again_selective, again_ops),
+        again_full_s=busy(forward, forward_ops),
+        tp_forward_s=tp_forward,
+        tp_backward_s=tp_backward,
+    )
+
+
+def tensor_bytes(cls: UnitClass, sharding: ClassSharding | None, tensor: int, tp: int, b: int) -> float:
+    """Bytes of the storage behind a tensor on one rank."""
+    spec = cls.tensors[cls.tensors[tensor].base]
+    elements = 1.0
+    for d in spec.shape:
+        elements *= d.at(b)
+    n_bytes = elements * DTYPE_BYTES[spec.dtype]
+    divided = sharding is not None and tp > 1 and sharding.tensor_split[spec.id]
+    return n_bytes / tp if divided else n_bytes
+
+
+def saved_storages(cls: UnitClass) -> set[int]:
+    """Ids of the storages that autograd keeps for backward, parameters and buffers excluded."""
+    bases = {cls.tensors[t].base for op in cls.ops for t in op.saved}
+    return {t for t in bases if cls.tensors[t].kind not in ("parameter", "buffer")}
+
+
+def unit_memory(
+    cls: UnitClass, sharding: ClassSharding | None, tp: int, b: int, elsewhere: frozenset[int]
+) -> UnitMemory:
+    """Bytes kept by one unit; `elsewhere` are storages already counted by another unit."""
+    saved = saved_storages(cls)
+
+    def total(tensors: set[int]) -> float:
+        return sum(tensor_bytes(cls, sharding, t, tp, b) for t in sorted(tensors - elsewhere))
+
+    inputs = {cls.tensors[t].base for t in cls.inputs}
+    kept = kept_by_selective(cls.ops)
+    outputs_kept = {cls.tensors[t].base for i in kept for t in cls.ops[i].outputs}
+    none, full = total(saved), total(inputs)
+    whole = sum(tensor_bytes(cls, None, t, 1, b) for t in saved)
+    local = sum(tensor_bytes(cls, sharding, t, tp, b) for t in saved)
+    share = local / whole if whole else 1.0
+    return UnitMemory(
+        none=round(none),
+        selective=round(min(none, total(inputs | (outputs_kept & saved)))),
+        full=round(min(none, full)),
+        workspace=round(cls.workspace_backward.at(b) * share),
+    )
