@@ -1,7 +1,7 @@
 """Attention under tensor parallelism: `scaled_dot_product_attention` on this rank's heads.
 
 DTensor has no complete rule for attention on every backend, and needs none: heads are independent. The
-wrapper takes the local heads of each operand, calls torch's own function on plain tensors and wraps the result.
+wrapper takes each operand's local heads, calls torch's own function on plain tensors and wraps the result.
 Calls without DTensors pass through untouched.
 """
 
@@ -33,8 +33,8 @@ def attention_on_local_heads(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` with the same arguments, run on the local heads of DTensor operands.
 
-    Shapes (batch, heads, length, head_dim). If the query's heads are sharded so is the result; keys and values
-    with replicated heads give each rank the heads that its queries attend to.
+    Shapes (batch, heads, length, head_dim). If the query's heads are sharded so is the result; keys and
+    values with replicated heads give each rank the heads that its queries attend to.
 
     Raises
     ------
@@ -59,8 +59,8 @@ def attention_on_local_heads(
         return DTensor.from_local(out, mesh, [Replicate()], run_check=False)
     heads = query.shape[heads_dim]
     mask = None if attn_mask is None else _local_mask(attn_mask, heads, mesh)
-    local = (_local_heads(t, heads, mesh) for t in (query, key, value))
-    out = _torch_attention(*local, mask, **options)
+    local = [_local_heads(t, heads, mesh) for t in (query, key, value)]
+    out = _torch_attention(*cast(Any, local), mask, **options)
     return DTensor.from_local(out, mesh, [Shard(heads_dim)], run_check=False)
 
 
@@ -77,7 +77,7 @@ def _local_heads(tensor: torch.Tensor, query_heads: int, mesh: DeviceMesh) -> to
         return tensor.to_local()
     if isinstance(tensor, DTensor) and not isinstance(tensor.placements[0], Replicate):
         raise ModelError(
-            f"attention received a tensor with placement {tensor.placements[0]}; only heads can be split over tp.",
+            f"attention received a tensor placed {tensor.placements[0]}; only heads can be split over tp.",
             "Plan again without tensor parallelism: --fix tp=1.",
         )
     # Replicated heads (fewer key/value heads than tp): the gradient of each rank is a part of the whole.
@@ -91,7 +91,7 @@ def _heads_of_rank(heads: int, query_heads: int, mesh: DeviceMesh) -> tuple[int,
     group = query_heads // heads
     if per_rank % group and group % per_rank:
         raise ModelError(
-            f"{heads} key/value heads cannot be divided over tp={mesh.size()} with {query_heads} query heads.",
+            f"tp={mesh.size()} cannot divide {heads} key/value heads for {query_heads} query heads.",
             "Choose a tp that divides the key/value heads: --fix tp=N.",
         )
     return mesh.get_local_rank() * per_rank // group, max(per_rank // group, 1)
@@ -114,8 +114,8 @@ def _local_mask(mask: torch.Tensor, heads: int, mesh: DeviceMesh) -> torch.Tenso
 def wrap_attention(model: nn.Module) -> None:
     """Let every caller of `scaled_dot_product_attention` reach `attention_on_local_heads`.
 
-    Replaces the name in `torch.nn.functional`, and in the modules that imported it by name before. It stays replaced;
-    without DTensors the wrapper is torch's own function.
+    Replaces the name in `torch.nn.functional`, and in the modules that imported it by name before. It stays
+    replaced; without DTensors the wrapper is torch's own function.
     """
     spaces = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
     # A model file may be loaded without an entry in sys.modules: its functions still know their globals.

@@ -1,7 +1,8 @@
-"""Between full tensors, as the user's model has them, and the shards of tp and FSDP: the part of a rank, and back.
+"""Between full tensors, as the user's model has them, and the shards of tp and FSDP: a rank's part, and back.
 
-A parameter under both is cut by tp first, and each tp part by dp_shard along dimension 0 (FSDP2). Packed parameters
-are stored rank-major (packed.py), so a plain `DTensor.full_tensor()` of them is permuted; `full_tensor_of` is not.
+A parameter under both is cut by tp first, and each tp part by dp_shard along dimension 0 (FSDP2). Packed
+parameters are stored rank-major (packed.py), so that a plain `DTensor.full_tensor()` of them is permuted;
+`full_tensor_of` is not.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def shard_dim(module: nn.Module, name: str, style: ModuleStyle, where: str) -> i
         return None if style.style == "row" else 0
     if name != "weight" or parameter.ndim != 2:
         raise PlanFileError(
-            f"{where} cannot have the style {style.style}: it is no weight or bias of a linear or an embedding.",
+            f"{where} cannot have the style {style.style}: it is no weight or bias of a linear or embedding.",
             "Give its module the style replicate, or plan again with `tpplan suggest`.",
         )
     return int((style.style == "row") != is_transposed(module))
@@ -60,7 +61,7 @@ def part_of_rank(
     sizes = style.sizes if style.style == "packed" else [full.shape[dim]]
     if sum(sizes) != full.shape[dim] or any(size % degree for size in sizes):
         raise PlanFileError(
-            f"tp={degree} cannot divide {where}: dimension {dim} has {full.shape[dim]} in parts of {list(sizes)}.",
+            f"tp={degree} cannot divide dimension {dim} of {where}: parts {list(sizes)}.",
             "Choose a tp that divides them (--fix tp=N), or plan again for this model.",
         )
     return packed_part(full, sizes, degree, rank, dim)

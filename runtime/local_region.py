@@ -1,7 +1,7 @@
 """Local regions: a module's own code on plain tensors, for operators that DTensor does not carry correctly.
 
-Convolutions (a silently wrong bias gradient on torch 2.11), batch norm and torch's own multi-head attention run
-replicated: inputs and parameters are unwrapped, the module's forward runs on whole tensors, outputs are
+Convolutions (a silently wrong bias gradient on torch 2.11), batch norm and torch's own multi-head attention
+run replicated: inputs and parameters are unwrapped, the module's forward runs on whole tensors, outputs are
 wrapped again, so that their gradients arrive whole.
 """
 

@@ -1,13 +1,13 @@
-"""Packed projections: one linear whose output features are several segments (fused qkv, gate-up), split by tp.
+"""Packed projections: one linear whose output is several segments (fused qkv, gate-up), split by tp.
 
 A rank must hold its part of *every* segment, so rows are stored rank-major while tp is on:
 
     full      [ q0 q1 | k0 k1 | v0 v1 ]        sizes (q, k, v), tp = 2
     rank 0    [ q0 k0 v0 ]     rank 1    [ q1 k1 v1 ]
 
-The module's output is then no ordinary tensor, because its features are out of order. It is handed to the model as a
-`PackedOutput`, which takes only the calls that cut it into its segments and raises on every other use: a
-wrong number can never slip through.
+The module's output is then no ordinary tensor, because its features are out of order. It is handed to the
+model as a `PackedOutput`, which takes only the calls that cut it into its segments and raises on every other
+use: a wrong number can never slip through.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class PackedOutput:
 
     def _refuse(self, call: str) -> NoReturn:
         raise PlanFileError(
-            f"{self._owner} is packed {list(self._sizes)} in this plan, but the model calls {call} on its output.",
+            f"{self._owner} is packed {list(self._sizes)} in this plan, but the model calls {call} on it.",
             "Plan again with `tpplan suggest`, or give that module the style replicate.",
         )
 

@@ -1,7 +1,7 @@
-"""Tensor parallelism on the user's eager module: parameters and activations become DTensors on the tp axis.
+"""Tensor parallelism on the user's eager module: parameters and activations become DTensors over tp.
 
-The model's code is kept. Each parameter is sharded by the style of its module, or replicated; hooks on the styled
-modules fix the placements at their borders:
+The model's code is kept. Each parameter is sharded by the style of its module, or replicated; hooks on the
+styled modules fix the placements at their borders:
 
     style    weight     input         output
     col      Shard(0)   Replicate     Shard(-1), or gathered to Replicate
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ _REPLICATE = ModuleStyle(style="replicate")
 def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_mesh: DeviceMesh) -> None:
     """Shard `model` over `tp_mesh` in place, as `section` says.
 
-    Parameters may be on meta or real; real ones are cut from their full values (each rank must hold equal ones).
-    Modules of other pipeline stages (without parameters, or absent) are passed over. Apply before
+    Parameters may be on meta or real; real ones are cut from their full values (each rank must hold equal
+    ones). Modules of other pipeline stages (without parameters, or absent) are passed over. Apply before
     `fully_shard`, compile and checkpoint wrappers.
 
     Parameters
@@ -140,7 +140,8 @@ def _sharded_parameter(
         stride=parameter.stride(),
     )
     new = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
-    new.__dict__.update(parameter.__dict__)
+    for name, value in vars(parameter).items():  # marks that the user's code left on it
+        setattr(new, name, value)
     return new
 
 
@@ -164,7 +165,7 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
 def _place_input(
     mesh: DeviceMesh, wanted: Placement, module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    first = args[0] if isinstance(args[0], DTensor) else wrap_activation(args[0], mesh)
+    first = cast(DTensor, wrap_activation(args[0], mesh))
     placement = Shard(first.ndim - 1) if wanted.is_shard() else wanted
     if first.placements != (placement,):
         first = first.redistribute(placements=[placement])
