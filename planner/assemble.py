@@ -98,7 +98,9 @@ def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSecti
     )
 
 
-def parameter_placements(model: CostModel, mesh: Mesh, stages: Sequence[StageSection]) -> dict[str, ParameterPlacement]:
+def parameter_placements(
+    model: CostModel, mesh: Mesh, stages: Sequence[StageSection]
+) -> dict[str, ParameterPlacement]:
     """Placement of every parameter on the axes that shard it, and the stages that hold it."""
     placements = {}
     users = parameter_positions(model)
@@ -152,13 +154,19 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
         for phase in ("forward", "backward"):
             found.append(
                 Redistribute(
-                    module=unit.fqn, axis="pp", collective="send_recv", phase=phase, bytes_per_microbatch=n_bytes
+                    module=unit.fqn,
+                    axis="pp",
+                    collective="send_recv",
+                    phase=phase,
+                    bytes_per_microbatch=n_bytes,
                 )
             )
     return found
 
 
-def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> list[dict[str, int]]:
+def memory_parts(
+    model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation
+) -> list[dict[str, int]]:
     """Bytes of each stage by part; the parts of a stage sum to its device bytes."""
     fixed = model.fixed_bytes(mesh)
     result = []
@@ -175,7 +183,9 @@ def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluatio
     return result
 
 
-def predicted_section(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> PredictedSection:
+def predicted_section(
+    model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation
+) -> PredictedSection:
     """What the cost model expects; `step_time_s` is the evaluation's own float."""
     request, step = model.request, evaluation.step_time_s
     memory = memory_parts(model, mesh, assignment, evaluation)

@@ -65,8 +65,13 @@ def rule_of_thumb(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
     optimizer state sharded over the replicas.
     """
     usable = [
-        m for m in meshes if m.microbatch_size == 1 and m.dp_replicate == 1 and m.schedule == "1f1b"
-        and m.gradient_sync == "last" and m.zero_stage == 2
+        m
+        for m in meshes
+        if m.microbatch_size == 1
+        and m.dp_replicate == 1
+        and m.schedule == "1f1b"
+        and m.gradient_sync == "last"
+        and m.zero_stage == 2
     ]
     usable.sort(key=lambda m: (m.pp, m.tp))
     for mesh in usable:
@@ -76,7 +81,9 @@ def rule_of_thumb(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
     return _baseline("rule of thumb", usable, None)
 
 
-def _baseline(name: str, meshes: Sequence[Mesh], found: tuple[Mesh, str, Evaluation] | None) -> Baseline | None:
+def _baseline(
+    name: str, meshes: Sequence[Mesh], found: tuple[Mesh, str, Evaluation] | None
+) -> Baseline | None:
     """A plan's entry for a baseline; None where the space holds no such layout."""
     if found is None:
         if not meshes:

@@ -157,7 +157,14 @@ class CostModel:
         parameters = self.parameters(position, mesh)
         key = (
             *(facts.kind, facts.may_recompute, parameters, position == 0),
-            *(mesh.tp, mesh.microbatch_size, mesh.dp_shard, mesh.dp_replicate, mesh.zero_stage, mesh.gradient_sync),
+            *(
+                mesh.tp,
+                mesh.microbatch_size,
+                mesh.dp_shard,
+                mesh.dp_replicate,
+                mesh.zero_stage,
+                mesh.gradient_sync,
+            ),
             *(mesh.pp > 1, facts.own_group, self.buffer_bytes(position)),
         )
         if key not in self._layers:
@@ -268,7 +275,9 @@ class CostModel:
             cut = self.facts[unit.position].cut_after and mesh.pp > 1
             send = collective_s("send_recv", wire, 2, stride, self.links) if cut else 0.0
             kind = kinds.setdefault((id(choices), cut, send, wire), len(kinds))
-            layers.append(Layer(kind=kind, choices=choices, cut_after=cut, send_s=send, cut_bytes=wire if cut else 0))
+            layers.append(
+                Layer(kind=kind, choices=choices, cut_after=cut, send_s=send, cut_bytes=wire if cut else 0)
+            )
         return Problem(
             layers=tuple(layers),
             stages=mesh.pp,
@@ -393,7 +402,11 @@ def unit_facts(graph: ModelGraph) -> tuple[UnitFacts, ...]:
                 shared_names=tuple(shared),
                 buffer_names=tuple(n for n in own if graph.parameters[n].is_buffer),
                 elsewhere=elsewhere,
-                may_recompute=works and not glue and unit.call == 0 and not unit.replicated and bool(parameters),
+                may_recompute=works
+                and not glue
+                and unit.call == 0
+                and not unit.replicated
+                and bool(parameters),
                 own_group=single and bool(parameters) and unit.call == 0,
                 kind=kinds.setdefault((unit.class_index, elsewhere), len(kinds)),
                 cut_after=unit.position in cuts,

@@ -283,13 +283,14 @@ class Plan(_Section):
             If `path` exists and is not a plan, or cannot be written.
         """
         target = Path(path)
-        if target.exists() and not looks_like_plan(target):
-            raise PlanFileError(f"{target} exists and is no plan; it is left as it is.", "Choose another file with -o.")
+        check_destination(target)
         text = self.to_json()
         try:
             handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         except OSError as error:
-            raise PlanFileError(f"Cannot write {target}: {error.strerror}.", "Choose another file with -o.") from error
+            raise PlanFileError(
+                f"Cannot write {target}: {error.strerror}.", "Choose another file with -o."
+            ) from error
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -299,7 +300,9 @@ class Plan(_Section):
             os.replace(temporary, target)
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
-            raise PlanFileError(f"Cannot write {target}: {error.strerror}.", "Choose another file with -o.") from error
+            raise PlanFileError(
+                f"Cannot write {target}: {error.strerror}.", "Choose another file with -o."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -318,7 +321,9 @@ class Plan(_Section):
                 f"No plan at {source}.", "Write one with `tpplan suggest TARGET --gpus N -o plan.json`."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanFileError(f"Cannot read {source}: {error}.", "Name a plan.json written by tpplan.") from None
+            raise PlanFileError(
+                f"Cannot read {source}: {error}.", "Name a plan.json written by tpplan."
+            ) from None
         return cls.parse(text, str(source))
 
     @classmethod
@@ -328,10 +333,13 @@ class Plan(_Section):
             data = json.loads(text)
         except ValueError as error:
             raise PlanFileError(
-                f"{source} is damaged or truncated: not valid JSON ({error}).", "Write it again with `tpplan suggest`."
+                f"{source} is damaged or truncated: not valid JSON ({error}).",
+                "Write it again with `tpplan suggest`.",
             ) from None
         if not isinstance(data, dict) or "schema_version" not in data or "mesh" not in data:
-            raise PlanFileError(f"{source} is no tpplan plan.", "Write one with `tpplan suggest TARGET --gpus N`.")
+            raise PlanFileError(
+                f"{source} is no tpplan plan.", "Write one with `tpplan suggest TARGET --gpus N`."
+            )
         version = data["schema_version"]
         if not isinstance(version, int) or isinstance(version, bool) or version != SCHEMA_VERSION:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
@@ -348,6 +356,17 @@ class Plan(_Section):
                 f"{source}: {where}: {first['msg']} ({error.error_count()} problem(s)).",
                 "Write it again with `tpplan suggest`, or undo the edit.",
             ) from None
+
+
+def check_destination(path: Path) -> None:
+    """Raise `PlanFileError` if a plan must not or cannot be written to `path`."""
+    remedy = "Choose another file with -o."
+    if path.is_dir():
+        raise PlanFileError(f"{path} is a folder.", remedy)
+    if path.exists() and not looks_like_plan(path):
+        raise PlanFileError(f"{path} exists and is no plan; it is left as it is.", remedy)
+    if not path.parent.is_dir():
+        raise PlanFileError(f"There is no folder {path.parent}.", remedy)
 
 
 def looks_like_plan(path: Path) -> bool:

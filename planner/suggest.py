@@ -117,7 +117,9 @@ def suggest_in_detail(
         global_batch=global_batch if global_batch is not None else max(256, gpus),
         precision=precision,
         optimizer=optimizer,
-        memory_limit_bytes=round(memory_limit_gib * GIB) if memory_limit_gib is not None else profile.memory_bytes,
+        memory_limit_bytes=round(memory_limit_gib * GIB)
+        if memory_limit_gib is not None
+        else profile.memory_bytes,
         pins=pins,
         gap=gap,
         time_limit_s=time_limit_s,
@@ -213,7 +215,8 @@ def meshes_of(model: CostModel, request: Request) -> list[Mesh]:
     pp = pins.get("pp")
     if isinstance(pp, int) and pp > stages:
         raise InfeasibleError(
-            f"pp={pp} needs {pp} stages; {model.graph.name} can be cut into {stages}.", f"Use --fix pp={stages} or less."
+            f"pp={pp} needs {pp} stages; {model.graph.name} can be cut into {stages}.",
+            f"Use --fix pp={stages} or less.",
         )
     if pins:
         named = " ".join(f"{axis}={value}" for axis, value in pins.items())
@@ -232,7 +235,8 @@ def no_plan(model: CostModel, result: SearchResult) -> Exception:
     request = model.request
     if result.status != "infeasible":
         return InfeasibleError(
-            f"No plan was found within {request.time_limit_s} s.", "Give more time with --time-limit, or pin axes with --fix."
+            f"No plan was found within {request.time_limit_s} s.",
+            "Give more time with --time-limit, or pin axes with --fix.",
         )
     mesh = result.key
     short = result.shortfall_bytes * (1 + model.device.reserve_fraction)
@@ -290,7 +294,9 @@ def assumptions(
     said.append(f"hardware {profile.name} ({why}): --hardware")
     said.append(f"{request.gpus_per_node} GPUs a node: --gpus-per-node")
     said.append(f"sequence length {request.sequence_length}{'' if seq_len else ' (default)'}: --seq-len")
-    said.append(f"global batch {request.global_batch}{'' if global_batch else ' (default)'} samples: --global-batch")
+    said.append(
+        f"global batch {request.global_batch}{'' if global_batch else ' (default)'} samples: --global-batch"
+    )
     said.append(f"precision {request.precision}: --precision")
     said.append(f"optimizer {request.optimizer}: --optimizer")
     limit = "" if memory_limit_gib else " (what the device offers)"
@@ -302,11 +308,15 @@ def notes(graph: ModelGraph, sharding: Sharding, weighting: str) -> list[str]:
     """Remarks that a reader of the plan must know."""
     said = []
     if weighting == "equal":
-        said.append("the loss is the model's own mean: every microbatch weighs the same, whatever its number of targets")
+        said.append(
+            "the loss is the model's own mean: every microbatch weighs the same, whatever its number of targets"
+        )
     if graph.batch_norm:
         said.append("BatchNorm statistics are per microbatch and replica: the microbatch size changes them")
     if graph.unused:
-        said.append(f"{len(graph.unused)} trainable parameter(s) are never used: {', '.join(graph.unused[:3])}")
+        said.append(
+            f"{len(graph.unused)} trainable parameter(s) are never used: {', '.join(graph.unused[:3])}"
+        )
     said += [f"tensor parallelism: {reason}" for reason in sharding.reasons]
     return said
 

@@ -119,7 +119,9 @@ class KernelClock:
         self.fused = fused
         self._seen: dict[tuple[object, ...], float] = {}
 
-    def seconds(self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool) -> float:
+    def seconds(
+        self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool
+    ) -> float:
         """Seconds of one kernel at microbatch `b` on one of `tp` ranks."""
         if kernel.kind == "free":
             return 0.0
@@ -138,7 +140,13 @@ class KernelClock:
 
 
 def unit_times(
-    cls: UnitClass, sharding: ClassSharding | None, tp: int, b: int, clock: KernelClock, links: LinkModel, fused: bool
+    cls: UnitClass,
+    sharding: ClassSharding | None,
+    tp: int,
+    b: int,
+    clock: KernelClock,
+    links: LinkModel,
+    fused: bool,
 ) -> UnitTimes:
     """Seconds of one unit of class `cls` (see `UnitTimes`); `fused` = its element-wise operators are compiled."""
     kept = kept_by_selective(cls.ops)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("hardware_profiles", "costmodels", "planner", "runtime")
+PACKAGES = ("hardware_profiles", "costmodels", "planner", "runtime", "reports")
 
 # package -> the packages (or root modules) of tpplan that it may import
 ALLOWED = {
@@ -19,6 +19,7 @@ ALLOWED = {
     "costmodels": {"errors", "units", "hardware_profiles", "costmodels"},
     "planner": {"errors", "units", "hardware_profiles", "costmodels", "planner"},
     "runtime": {"errors", "units", "planner", "runtime"},
+    "reports": {"errors", "units", "hardware_profiles", "costmodels", "planner", "reports"},
 }
 # The only files outside runtime/ that may import torch (tracing, targets, measuring).
 TORCH_ALLOWED_ELSEWHERE = {
@@ -48,9 +49,15 @@ def imports(path: Path) -> list[tuple[int, str]]:
 
 def test_packages_are_listed_in_pyproject() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    tracked = subprocess.run(["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     folders = {Path(line).parent for line in tracked.stdout.split()}
-    expected = {"tpplan" if f == Path(".") else "tpplan." + ".".join(f.parts) for f in folders if f.parts[:1] != ("tests",)}
+    expected = {
+        "tpplan" if f == Path(".") else "tpplan." + ".".join(f.parts)
+        for f in folders
+        if f.parts[:1] != ("tests",)
+    }
     assert listed == expected
 
 

@@ -1,0 +1,1 @@
+"""What people see: the first screen, tables and, later, pictures."""

@@ -1,0 +1,193 @@
+"""The text that `tpplan suggest`, `trace` and `hardware` print, as rich renderables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..planner.plan import Baseline, MeshSection, Plan
+from ..units import format_bytes, format_count, format_seconds, gib
+
+
+def mesh_text(mesh: MeshSection) -> str:
+    """A mesh in one word.
+
+    >>> mesh_text(MeshSection(tensor_parallel_degree=2, data_parallel_shard_degree=8))
+    'tp2 x fsdp8'
+    """
+    parts = [
+        ("tp", mesh.tensor_parallel_degree),
+        ("pp", mesh.pipeline_parallel_degree),
+        ("ddp", mesh.data_parallel_replicate_degree),
+        ("fsdp", mesh.data_parallel_shard_degree),
+    ]
+    return " x ".join(f"{name}{degree}" for name, degree in parts if degree > 1) or "one GPU"
+
+
+def recompute_text(plan: Plan) -> str:
+    """How many units run with each recomputation mode."""
+    counts: dict[str, int] = {}
+    total = 0
+    for stage in plan.stages:
+        total += len(stage.modules)
+        for mode in stage.recompute.values():
+            counts[mode] = counts.get(mode, 0) + 1
+    if not counts:
+        return "none"
+    return ", ".join(f"{mode} in {n}" for mode, n in sorted(counts.items())) + f" of {total} units"
+
+
+def plan_screen(plan: Plan) -> RenderableType:
+    """The plan for people: what, how fast, how full, compared with what, and how sure."""
+    return Group(
+        _heading(plan),
+        _facts(plan),
+        _memory(plan),
+        _comparison(plan),
+        _certificate(plan),
+        _list("Assumed (change with the flag)", plan.assumptions),
+        _list("Notes", plan.notes),
+    )
+
+
+def _heading(plan: Plan) -> Text:
+    m = plan.model
+    text = Text()
+    text.append(f"{m.name}", style="bold")
+    text.append(f": {format_count(m.parameters)} parameters")
+    if m.trainable_parameters != m.parameters:
+        text.append(f" ({format_count(m.trainable_parameters)} trainable)")
+    text.append(
+        f", {m.layers} units in {m.classes} classes, on {plan.hardware.gpus} x {plan.hardware.name}\n"
+    )
+    text.append("Plan: ", style="bold")
+    text.append(mesh_text(plan.mesh), style="bold green")
+    b = plan.batch
+    text.append(f", {b.microbatches} microbatches of {b.microbatch_size} per replica")
+    if plan.mesh.pipeline_parallel_degree > 1:
+        text.append(f", schedule {plan.schedule.name}")
+    if plan.mesh.data_parallel_shard_degree > 1:
+        text.append(f", ZeRO-{plan.sharding.zero_stage}")
+    if plan.mesh.data_parallel_degree > 1 and b.microbatches > 1:
+        text.append(
+            f", gradients reduced {'every' if plan.schedule.gradient_sync == 'every' else 'after the last'} microbatch"
+        )
+    text.append(f", recompute {recompute_text(plan)}")
+    return text
+
+
+def _facts(plan: Plan) -> Table:
+    p = plan.predicted
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("Step time", format_seconds(p.step_time_s), _parts(p.breakdown_s, p.step_time_s))
+    rate = f"{p.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
+    table.add_row(
+        "Throughput", rate, f"{p.samples_per_s:,.1f} samples/s, MFU {p.mfu:.1%} of {plan.hardware.peak_name}"
+    )
+    return table
+
+
+def _parts(parts: Mapping[str, float], total: float) -> str:
+    shown = [(name, s) for name, s in parts.items() if abs(s) > 0.002 * total]
+    return ", ".join(f"{name.replace('_', ' ')} {s / total:.0%}" for name, s in shown)
+
+
+def _memory(plan: Plan) -> Table:
+    limit = plan.hardware.memory_limit_bytes
+    table = Table(
+        title="Memory by pipeline rank (GiB)",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    names = [n for n in plan.predicted.memory_bytes[0] if any(s[n] for s in plan.predicted.memory_bytes)]
+    for column in ("rank", "units", *names, "device", "of limit"):
+        table.add_column(column, justify="right")
+    for stage, parts, device in _sample(
+        list(zip(plan.stages, plan.predicted.memory_bytes, plan.predicted.device_bytes, strict=True))
+    ):
+        cells = [f"{gib(parts[n]):.1f}" for n in names]
+        table.add_row(
+            str(stage.pipeline_rank),
+            str(len(stage.modules)),
+            *cells,
+            f"{gib(device):.1f}",
+            f"{device / limit:.0%}",
+        )
+    return table
+
+
+def _sample(rows: Sequence[Any], most: int = 8) -> Iterable[Any]:
+    """All rows, or the first and last ones of a long pipeline."""
+    return rows if len(rows) <= most else [*rows[: most // 2], *rows[-(most // 2) :]]
+
+
+def _comparison(plan: Plan) -> Table:
+    table = Table(title="Against", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in ("layout", "mesh", "microbatch", "recompute", "step", "this plan is"):
+        table.add_column(column)
+    for baseline in plan.baselines:
+        table.add_row(*_baseline_cells(plan, baseline))
+    return table
+
+
+def _baseline_cells(plan: Plan, baseline: Baseline) -> list[str]:
+    cells = [baseline.name, mesh_text(baseline.mesh), str(baseline.microbatch_size), baseline.recompute]
+    if baseline.step_time_s is None:
+        return [*cells, "-", "the one that fits"]
+    ratio = baseline.step_time_s / plan.predicted.step_time_s
+    return [*cells, format_seconds(baseline.step_time_s), f"{ratio:.2f}x as fast"]
+
+
+def _certificate(plan: Plan) -> Text:
+    s = plan.solver
+    pruned = ", ".join(f"{n} by {name}" for name, n in s.pruned.items() if n) or "none"
+    return Text(
+        f"Proof: step time is at least {format_seconds(s.lower_bound_s)} for every plan of the searched space "
+        f"(gap {s.gap:.2%}); {s.candidates} meshes, {s.solved} solved by {s.name} {s.version}, pruned: {pruned}; "
+        f"{s.wall_s:.1f} s.",
+        style="dim",
+    )
+
+
+def _list(title: str, lines: Sequence[str]) -> RenderableType:
+    if not lines:
+        return Text("")
+    return Group(Text(title, style="bold"), *(Text(f"  {line}") for line in lines))
+
+
+def trace_table(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], title: str) -> RenderableType:
+    """The folded graph as a table, one row a class, and its totals."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column, justify in (
+        ("unit", "left"), ("count", "right"), ("parameters", "right"), ("FLOPs forward", "right"),
+        ("FLOPs backward", "right"), ("saved", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(
+            str(row["unit"]), str(row["count"]), format_count(row["parameters"]), format_count(row["flops_forward"]),
+            format_count(row["flops_backward"]), format_bytes(row["saved_bytes"]),
+        )  # fmt: skip
+    table.add_section()
+    table.add_row(
+        "total", str(summary["layers"]), format_count(summary["parameters"]), format_count(summary["flops_forward"]),
+        format_count(summary["flops_backward"]), format_bytes(summary["saved_bytes"]), style="bold",
+    )  # fmt: skip
+    opaque = [Text(f"opaque: {item}") for item in summary["opaque"]]
+    return Group(table, *opaque)
+
+
+def frame_table(frame: Any) -> Table:
+    """A pandas data frame as a table."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in frame.columns:
+        table.add_column(str(column))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(str(cell) for cell in row))
+    return table
