@@ -49,7 +49,7 @@ class CriticalPath:
     """How often each stage time lies on one longest chain of events; every tuple has one entry a stage.
 
     A chain is a lower bound of the step under *any* stage times, which makes it a cut for the ILP:
-    step >= sum_s forward[s] F_s + backward[s] B_s + first[s] + last[s] + tail[s] + send[s], each times seconds.
+    step >= sum_s forward[s] F_s + backward[s] B_s + first[s] + last[s] + tail[s] + send[s], times seconds.
     """
 
     forward: tuple[int, ...]
@@ -97,9 +97,7 @@ class Timeline:
         keys = _programme(self.schedule, len(self.in_flight), self.microbatches).keys
         return tuple(
             Event(stage, kind, microbatch, end - duration, end)
-            for (stage, kind, microbatch), end, duration in zip(
-                keys, self.ends_s, self.durations_s, strict=True
-            )
+            for (stage, kind, microbatch), end, duration in zip(keys, self.ends_s, self.durations_s, strict=True)
         )
 
 
@@ -132,9 +130,7 @@ def schedule_order(schedule: str, stages: int, microbatches: int) -> tuple[tuple
     ((('F', 0), ('F', 1), ('B', 0), ('B', 1)), (('F', 0), ('B', 0), ('F', 1), ('B', 1)))
     """
     if stages < 1 or microbatches < 1:
-        raise ValueError(
-            f"a schedule needs at least one stage and one microbatch, not {stages} and {microbatches}"
-        )
+        raise ValueError(f"a schedule needs at least one stage and one microbatch, not {stages} and {microbatches}")
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}")
     order = []
@@ -200,9 +196,7 @@ def in_flight_microbatches(schedule: str, stages: int, microbatches: int) -> tup
     return _programme(schedule, stages, microbatches).in_flight
 
 
-def simulate(
-    schedule: str, stages: Sequence[StageTimes], microbatches: int, step_fixed_s: float = 0.0
-) -> Timeline:
+def simulate(schedule: str, stages: Sequence[StageTimes], microbatches: int, step_fixed_s: float = 0.0) -> Timeline:
     """Play one step of `schedule` and return its timeline.
 
     start(e) = max(end(event before on the stage), end(event waited for) + send),
@@ -251,8 +245,7 @@ def simulate(
     finish = [ends[programme.last[s]] + t.tail_s for s, t in enumerate(stages)]
     makespan = max(finish)
     busy = sum(
-        microbatches * (t.forward_s + t.backward_s)
-        + (t.first_forward_extra_s + t.last_backward_extra_s + t.tail_s)
+        microbatches * (t.forward_s + t.backward_s) + (t.first_forward_extra_s + t.last_backward_extra_s + t.tail_s)
         for t in stages
     )
     return Timeline(

@@ -83,7 +83,12 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What a search returns for one problem: status is "optimal" (within the gap), "feasible", "infeasible"."""
+    """What a solve returns for one problem.
+
+    status : "optimal" (within the gap), "feasible" (a limit came first; `assignment` may be None),
+        "infeasible" (memory; the least shortfall and its stage), "cutoff" (nothing better than the step time
+        in hand exists)
+    """
 
     status: str
     assignment: Assignment | None
