@@ -1,0 +1,85 @@
+"""Builds a module without its memory: on the meta device, or for real with only the parameters there."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+
+def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Exception | None]:
+    """The module that `make` constructs, with its parameters on the meta device.
+
+    First under ``torch.device("meta")``, where buffers are meta too. If that raises, a second time for real
+    with every parameter sent to meta as it is registered, so that only one is ever in memory.
+
+    Returns
+    -------
+    module : nn.Module
+    refusal : Exception or None
+        Why the construction on meta failed, if it did.
+
+    Raises
+    ------
+    Exception
+        What `make` raises the second time.
+    """
+    try:
+        with torch.device("meta"):
+            model = make()
+        refusal = None
+    except Exception as error:
+        refusal = error
+        with parameters_on_meta():
+            model = make()
+    # what was built before, or put in place without registration: copied, the user's own object stays real
+    return (model if all(_stays(p) for p in model.parameters()) else meta_copy(model)), refusal
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` with parameters and buffers on meta; their values are not copied on the way."""
+    memo: dict[int, object] = {id(p): _parameter_on_meta(p) for p in model.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """While active, a parameter goes to the meta device when a module registers it (ties are kept)."""
+    original = nn.Module.register_parameter
+    twins: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, nn.Parameter) and not _stays(param):
+            known = twins.get(id(param))
+            # an id is reused once its parameter is gone: only a living one is the same
+            if known is None or known[0]() is not param:
+                known = (weakref.ref(param), _parameter_on_meta(param))
+                twins[id(param)] = known
+            param = known[1]
+        original(self, name, param)
+
+    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def lazy_parameters(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers whose shape only a first forward decides (nn.LazyLinear and kin)."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if isinstance(tensor, UninitializedTensorMixin)]
+
+
+def _stays(param: nn.Parameter) -> bool:
+    return isinstance(param, UninitializedTensorMixin) or param.device.type == "meta"
+
+
+def _parameter_on_meta(param: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
