@@ -61,9 +61,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def debug_option(command: Callable[..., None]) -> Callable[..., None]:
     """`--debug` on every command; `main` reads it from the context."""
-    return click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help=DEBUG_HELP)(
-        command
-    )
+    return click.option("--debug", is_flag=True, expose_value=False, callback=_set_debug, help=DEBUG_HELP)(command)
 
 
 def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
@@ -76,9 +74,7 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
 @click.argument("target")
 @click.option("--gpus", type=int, required=True, help="Number of GPUs.")
 @click.option("--gpus-per-node", type=int, help="GPUs in one node. [default: the profile's]")
-@click.option(
-    "--hardware", metavar="NAME|FILE", help="Hardware profile. [default: the local GPUs, else h100-sxm]"
-)
+@click.option("--hardware", metavar="NAME|FILE", help="Hardware profile. [default: the local GPUs, else h100-sxm]")
 @model_options
 @click.option("--global-batch", type=int, help="Samples a step. [default: max(256, gpus)]")
 @click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
@@ -117,9 +113,7 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
 )
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @debug_option
-def suggest(
-    target: str, output: Path | None, format_: str, model_args: tuple[str, ...], **options: Any
-) -> None:
+def suggest(target: str, output: Path | None, format_: str, model_args: tuple[str, ...], **options: Any) -> None:
     """Find the fastest way to train TARGET on --gpus GPUs, prove it, and write plan.json.
 
     TARGET is model.py, model.py:NAME, package.module:NAME, or a Hugging Face folder or its config.json.
@@ -149,15 +143,11 @@ def suggest(
 @cli.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU, else cpu]"
-)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU, else cpu]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--lr", type=float, default=1e-3, show_default=True)
 @click.option("--init-from", type=click.Path(path_type=Path), help="Folder with safetensors weights.")
-@click.option(
-    "--metrics", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write one JSON object a step."
-)
+@click.option("--metrics", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write one JSON object a step.")
 @click.option(
     "--compile/--no-compile",
     "compile_",
@@ -195,9 +185,7 @@ def trace(target: str, model_args: tuple[str, ...], inputs: tuple[str, ...], seq
         from .planner.target import load_target
         from .planner.trace import trace as trace_target
 
-        loaded = load_target(
-            target, model_args=parse_model_args(model_args), inputs=inputs, precision=precision
-        )
+        loaded = load_target(target, model_args=parse_model_args(model_args), inputs=inputs, precision=precision)
         length = seq_len or loaded.default_sequence_length()
         graph = trace_target(loaded, sequence_length=length, precision=precision, full=full)
     totals = summary(graph, batch_size)

@@ -98,9 +98,7 @@ def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSecti
     )
 
 
-def parameter_placements(
-    model: CostModel, mesh: Mesh, stages: Sequence[StageSection]
-) -> dict[str, ParameterPlacement]:
+def parameter_placements(model: CostModel, mesh: Mesh, stages: Sequence[StageSection]) -> dict[str, ParameterPlacement]:
     """Placement of every parameter on the axes that shard it, and the stages that hold it."""
     placements = {}
     users = parameter_positions(model)
@@ -164,9 +162,7 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
     return found
 
 
-def memory_parts(
-    model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation
-) -> list[dict[str, int]]:
+def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> list[dict[str, int]]:
     """Bytes of each stage by part; the parts of a stage sum to its device bytes."""
     fixed = model.fixed_bytes(mesh)
     result = []
@@ -183,9 +179,7 @@ def memory_parts(
     return result
 
 
-def predicted_section(
-    model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation
-) -> PredictedSection:
+def predicted_section(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> PredictedSection:
     """What the cost model expects; `step_time_s` is the evaluation's own float."""
     request, step = model.request, evaluation.step_time_s
     memory = memory_parts(model, mesh, assignment, evaluation)

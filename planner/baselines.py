@@ -58,10 +58,10 @@ def plain_fsdp(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
 
 
 def rule_of_thumb(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
-    """Folklore's layout: the least tp inside the node, then the least pp, that fits; microbatch size 1; rest data parallel.
+    """Folklore's layout: the least pp, then the least tp inside the node, that fits; microbatch 1; rest data parallel.
 
     As in Megatron-LM's guidance (Narayanan et al. 2021, section 5.6): tensor parallelism up to the node first,
-    pipeline stages to fit, data parallelism for the rest; recomputation (selective, then full) only where needed;
+    then pipeline stages until it fits, data parallelism for the rest; recomputation (selective, then full) only where needed;
     optimizer state sharded over the replicas.
     """
     usable = [
@@ -81,9 +81,7 @@ def rule_of_thumb(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
     return _baseline("rule of thumb", usable, None)
 
 
-def _baseline(
-    name: str, meshes: Sequence[Mesh], found: tuple[Mesh, str, Evaluation] | None
-) -> Baseline | None:
+def _baseline(name: str, meshes: Sequence[Mesh], found: tuple[Mesh, str, Evaluation] | None) -> Baseline | None:
     """A plan's entry for a baseline; None where the space holds no such layout."""
     if found is None:
         if not meshes:

@@ -171,9 +171,7 @@ class CostModel:
             self._layers[key] = self._price(position, mesh, parameters)
         return self._layers[key]
 
-    def _price(
-        self, position: int, mesh: Mesh, p: UnitParameters
-    ) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
+    def _price(self, position: int, mesh: Mesh, p: UnitParameters) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
         dp = self.data_parallel(mesh, position)
         times = self.times(position, mesh.tp, mesh.microbatch_size)
         memory = self.memory(position, mesh.tp, mesh.microbatch_size)
@@ -275,9 +273,7 @@ class CostModel:
             cut = self.facts[unit.position].cut_after and mesh.pp > 1
             send = collective_s("send_recv", wire, 2, stride, self.links) if cut else 0.0
             kind = kinds.setdefault((id(choices), cut, send, wire), len(kinds))
-            layers.append(
-                Layer(kind=kind, choices=choices, cut_after=cut, send_s=send, cut_bytes=wire if cut else 0)
-            )
+            layers.append(Layer(kind=kind, choices=choices, cut_after=cut, send_s=send, cut_bytes=wire if cut else 0))
         return Problem(
             layers=tuple(layers),
             stages=mesh.pp,
@@ -402,11 +398,7 @@ def unit_facts(graph: ModelGraph) -> tuple[UnitFacts, ...]:
                 shared_names=tuple(shared),
                 buffer_names=tuple(n for n in own if graph.parameters[n].is_buffer),
                 elsewhere=elsewhere,
-                may_recompute=works
-                and not glue
-                and unit.call == 0
-                and not unit.replicated
-                and bool(parameters),
+                may_recompute=works and not glue and unit.call == 0 and not unit.replicated and bool(parameters),
                 own_group=single and bool(parameters) and unit.call == 0,
                 kind=kinds.setdefault((unit.class_index, elsewhere), len(kinds)),
                 cut_after=unit.position in cuts,

@@ -288,9 +288,7 @@ class Plan(_Section):
         try:
             handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         except OSError as error:
-            raise PlanFileError(
-                f"Cannot write {target}: {error.strerror}.", "Choose another file with -o."
-            ) from error
+            raise PlanFileError(f"Cannot write {target}: {error.strerror}.", "Choose another file with -o.") from error
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -300,9 +298,7 @@ class Plan(_Section):
             os.replace(temporary, target)
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
-            raise PlanFileError(
-                f"Cannot write {target}: {error.strerror}.", "Choose another file with -o."
-            ) from error
+            raise PlanFileError(f"Cannot write {target}: {error.strerror}.", "Choose another file with -o.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -321,9 +317,7 @@ class Plan(_Section):
                 f"No plan at {source}.", "Write one with `tpplan suggest TARGET --gpus N -o plan.json`."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanFileError(
-                f"Cannot read {source}: {error}.", "Name a plan.json written by tpplan."
-            ) from None
+            raise PlanFileError(f"Cannot read {source}: {error}.", "Name a plan.json written by tpplan.") from None
         return cls.parse(text, str(source))
 
     @classmethod
@@ -337,9 +331,7 @@ class Plan(_Section):
                 "Write it again with `tpplan suggest`.",
             ) from None
         if not isinstance(data, dict) or "schema_version" not in data or "mesh" not in data:
-            raise PlanFileError(
-                f"{source} is no tpplan plan.", "Write one with `tpplan suggest TARGET --gpus N`."
-            )
+            raise PlanFileError(f"{source} is no tpplan plan.", "Write one with `tpplan suggest TARGET --gpus N`.")
         version = data["schema_version"]
         if not isinstance(version, int) or isinstance(version, bool) or version != SCHEMA_VERSION:
             newer = isinstance(version, int) and version > SCHEMA_VERSION

@@ -117,9 +117,7 @@ def suggest_in_detail(
         global_batch=global_batch if global_batch is not None else max(256, gpus),
         precision=precision,
         optimizer=optimizer,
-        memory_limit_bytes=round(memory_limit_gib * GIB)
-        if memory_limit_gib is not None
-        else profile.memory_bytes,
+        memory_limit_bytes=round(memory_limit_gib * GIB) if memory_limit_gib is not None else profile.memory_bytes,
         pins=pins,
         gap=gap,
         time_limit_s=time_limit_s,
@@ -224,9 +222,10 @@ def meshes_of(model: CostModel, request: Request) -> list[Mesh]:
             f"No mesh of {request.gpus} GPUs and a global batch of {request.global_batch} satisfies {named}.",
             "GPUs = tp x pp x dp_replicate x dp_shard, and dp x microbatch_size must divide the batch: drop a pin.",
         )
+    nearest = request.gpus * max(1, round(request.global_batch / request.gpus))
     raise UsageError(
         f"A global batch of {request.global_batch} cannot be split over {request.gpus} GPUs.",
-        f"Give --global-batch a multiple of {request.gpus}, for example {request.gpus * max(1, round(request.global_batch / request.gpus))}.",
+        f"Give --global-batch a multiple of {request.gpus}, for example {nearest}.",
     )
 
 
@@ -273,9 +272,11 @@ def solver_section(model: CostModel, result: SearchResult, wall_s: float) -> Sol
 def space_description() -> list[str]:
     """What the searched space holds and leaves out."""
     return [
-        "tp: divisors of one node that the model allows; pp: any number of legal stages; dp_replicate x dp_shard: the rest",
+        "tp: divisors of one node that the model allows; pp: as many stages as it has legal cuts; "
+        "dp_replicate x dp_shard: the rest",
         "microbatch sizes 1, 2, 4, ... 64; stage boundaries at any legal cut; 1F1B and GPipe",
-        "recompute none, selective or full for each block; ZeRO-2 and ZeRO-3; gradients reduced every or last microbatch",
+        "recompute none, selective or full for each block; ZeRO-2 and ZeRO-3; "
+        "gradients reduced after every or the last microbatch",
         "not searched: interleaved and zero-bubble schedules, sequence, context and expert parallelism; "
         "the mesh order is fixed (tp innermost, pp outermost)",
     ]
@@ -294,9 +295,7 @@ def assumptions(
     said.append(f"hardware {profile.name} ({why}): --hardware")
     said.append(f"{request.gpus_per_node} GPUs a node: --gpus-per-node")
     said.append(f"sequence length {request.sequence_length}{'' if seq_len else ' (default)'}: --seq-len")
-    said.append(
-        f"global batch {request.global_batch}{'' if global_batch else ' (default)'} samples: --global-batch"
-    )
+    said.append(f"global batch {request.global_batch}{'' if global_batch else ' (default)'} samples: --global-batch")
     said.append(f"precision {request.precision}: --precision")
     said.append(f"optimizer {request.optimizer}: --optimizer")
     limit = "" if memory_limit_gib else " (what the device offers)"
@@ -314,9 +313,7 @@ def notes(graph: ModelGraph, sharding: Sharding, weighting: str) -> list[str]:
     if graph.batch_norm:
         said.append("BatchNorm statistics are per microbatch and replica: the microbatch size changes them")
     if graph.unused:
-        said.append(
-            f"{len(graph.unused)} trainable parameter(s) are never used: {', '.join(graph.unused[:3])}"
-        )
+        said.append(f"{len(graph.unused)} trainable parameter(s) are never used: {', '.join(graph.unused[:3])}")
     said += [f"tensor parallelism: {reason}" for reason in sharding.reasons]
     return said
 

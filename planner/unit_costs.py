@@ -119,9 +119,7 @@ class KernelClock:
         self.fused = fused
         self._seen: dict[tuple[object, ...], float] = {}
 
-    def seconds(
-        self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool
-    ) -> float:
+    def seconds(self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool) -> float:
         """Seconds of one kernel at microbatch `b` on one of `tp` ranks."""
         if kernel.kind == "free":
             return 0.0

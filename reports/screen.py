@@ -61,9 +61,7 @@ def _heading(plan: Plan) -> Text:
     text.append(f": {format_count(m.parameters)} parameters")
     if m.trainable_parameters != m.parameters:
         text.append(f" ({format_count(m.trainable_parameters)} trainable)")
-    text.append(
-        f", {m.layers} units in {m.classes} classes, on {plan.hardware.gpus} x {plan.hardware.name}\n"
-    )
+    text.append(f", {m.layers} units in {m.classes} classes, on {plan.hardware.gpus} x {plan.hardware.name}\n")
     text.append("Plan: ", style="bold")
     text.append(mesh_text(plan.mesh), style="bold green")
     b = plan.batch
@@ -85,9 +83,7 @@ def _facts(plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("Step time", format_seconds(p.step_time_s), _parts(p.breakdown_s, p.step_time_s))
     rate = f"{p.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
-    table.add_row(
-        "Throughput", rate, f"{p.samples_per_s:,.1f} samples/s, MFU {p.mfu:.1%} of {plan.hardware.peak_name}"
-    )
+    table.add_row("Throughput", rate, f"{p.samples_per_s:,.1f} samples/s, MFU {p.mfu:.1%} of {plan.hardware.peak_name}")
     return table
 
 

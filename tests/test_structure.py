@@ -49,14 +49,10 @@ def imports(path: Path) -> list[tuple[int, str]]:
 
 def test_packages_are_listed_in_pyproject() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    tracked = subprocess.run(
-        ["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    tracked = subprocess.run(["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     folders = {Path(line).parent for line in tracked.stdout.split()}
     expected = {
-        "tpplan" if f == Path(".") else "tpplan." + ".".join(f.parts)
-        for f in folders
-        if f.parts[:1] != ("tests",)
+        "tpplan" if f == Path(".") else "tpplan." + ".".join(f.parts) for f in folders if f.parts[:1] != ("tests",)
     }
     assert listed == expected
 
