@@ -73,9 +73,7 @@ def _is_tpplan(filename: str) -> bool:
         inside = Path(filename).resolve().relative_to(_PACKAGE)
     except ValueError:
         return False
-    return (
-        inside.parts[0] in {"planner", "costmodels", "hardware_profiles", "runtime"} or len(inside.parts) == 1
-    )
+    return inside.parts[0] in {"planner", "costmodels", "hardware_profiles", "runtime"} or len(inside.parts) == 1
 
 
 def _short(filename: str) -> str:

@@ -1,4 +1,4 @@
-"""Diffusers models from a config alone: construction with random weights and inputs for the common denoisers."""
+"""Diffusers models from a config alone: construction with random weights, inputs of common denoisers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def constructor(data: Mapping[str, Any], path: Path, overrides: Mapping[str, Any
 
 
 def dummy_inputs(model: nn.Module, batch: int, seq: int) -> Inputs:
-    """Noise, time steps and, where the model attends to a prompt, its embeddings; `seq` is the side of the latents.
+    """Noise, time steps and, where the model attends to a prompt, its embeddings.
+
+    `seq` is the side of the latents.
 
     Raises
     ------
@@ -79,6 +81,11 @@ def dummy_inputs(model: nn.Module, batch: int, seq: int) -> Inputs:
             'Describe all of them: --input "sample=float32[B,4,S,S]" and so on.',
         )
     return Inputs(kwargs=kwargs)
+
+
+def is_diffusers_model(model: nn.Module) -> bool:
+    """Whether `model` is a diffusers model (without importing diffusers)."""
+    return any(base.__module__ == "diffusers.models.modeling_utils" for base in type(model).__mro__)
 
 
 def latent_side(model: nn.Module) -> int | None:

@@ -33,9 +33,9 @@ _TOKEN_LOSSES = {"ForMaskedLMLoss", "ForTokenClassification", *_SHIFTED_LOSSES}
 
 
 def read_hf_config(
-    data: dict[str, Any], path: Path, overrides: Mapping[str, Any]
-) -> tuple[Any, type, list[str]]:
-    """Config object, model class and remarks for a parsed config.json; nothing is downloaded.
+    data: dict[str, Any], path: Path, overrides: Mapping[str, Any], notes: list[str]
+) -> tuple[Any, type]:
+    """Config object and model class for a parsed config.json; remarks go to `notes`, nothing is downloaded.
 
     Raises
     ------
@@ -46,11 +46,8 @@ def read_hf_config(
     """
     transformers = _transformers()
     data = copy.deepcopy(data)
-    notes = []
     if data.pop("quantization_config", None) is not None:
-        notes.append(
-            "The config's quantization is left out: training starts from unquantised random weights."
-        )
+        notes.append("The config's quantization is left out: training starts from unquantised random weights.")
     model_type = data.pop("model_type", None)
     architectures = data.get("architectures") or []
     known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
@@ -63,8 +60,7 @@ def read_hf_config(
             f"{path.name}: transformers {transformers.__version__} has no model type {model_type!r}.",
             "Its code lies with the weights and is never run; build it in a model.py."
             if remote
-            else did_you_mean(str(model_type), known)
-            or "Install a newer transformers, or build it in a model.py.",
+            else did_you_mean(str(model_type), known) or "Install a newer transformers, or build it in a model.py.",
         )
     try:
         config = transformers.AutoConfig.for_model(model_type, **data)
@@ -76,14 +72,14 @@ def read_hf_config(
     for key, value in overrides.items():
         _override(config, key, value)
     if architectures:
-        return config, _architecture(transformers, architectures[0], path), notes
+        return config, _architecture(transformers, architectures[0], path)
     model_class = _auto_class(transformers, config)
     notes.append(f"The config names no architecture; {model_class.__name__} was taken.")
-    return config, model_class, notes
+    return config, model_class
 
 
 def constructor(config: Any, model_class: type) -> Callable[[], nn.Module]:
-    """A call that constructs the model with random float32 weights, SDPA attention where it has that, no cache."""
+    """A call that constructs the model: random float32 weights, SDPA attention where it has that, no cache."""
 
     def construct() -> nn.Module:
         # a constructor may change its config, and every build must be like the first
@@ -120,16 +116,14 @@ def dummy_inputs(model: nn.Module, batch: int, seq: int) -> Inputs:
         shape = (batch, 2, seq) if type(model).__name__.endswith("MultipleChoice") else (batch, seq)
         kwargs["input_ids"] = _integers(shape, config.get_text_config().vocab_size)
     if "pixel_values" in takes and _needs_pixels(model):
-        kwargs["pixel_values"] = torch.randn(
-            _image_shape(config, batch, seq, "input_ids" in takes), device="cpu"
-        )
+        kwargs["pixel_values"] = torch.randn(_image_shape(config, batch, seq, "input_ids" in takes), device="cpu")
     if "input_features" in takes and "input_ids" not in takes:
         kwargs["input_features"] = torch.randn(_spectrogram_shape(config, batch, seq), device="cpu")
     if "input_values" in takes and "input_ids" not in takes:
         kwargs["input_values"] = torch.randn(batch, seq, device="cpu")
     if not kwargs:
         raise TargetError(
-            f"No example inputs are known for {type(model).__name__}: forward takes {', '.join(sorted(takes))}.",
+            f"What to feed {type(model).__name__} is unknown; it takes {', '.join(sorted(takes))}.",
             'Describe them: --input "name=dtype[B,S]<bound".',
         )
     _add_labels(model, config, takes, kwargs, batch, seq)
@@ -156,7 +150,7 @@ def counts_tokens(model: nn.Module) -> bool:
 
 
 def target_count(model: nn.Module, inputs: Inputs) -> int:
-    """Targets that count in the loss: labels other than -100, without the first of each row if it is shifted."""
+    """Labels other than -100; without the first of each row where the loss shifts them."""
     labels = inputs.kwargs["labels"]
     if getattr(model.loss_function, "__name__", "") in _SHIFTED_LOSSES:
         labels = labels[..., 1:]
@@ -195,9 +189,7 @@ def _auto_class(transformers: Any, config: Any) -> type:
         if type(config) in mapping:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple | list) else found
-    raise TargetError(
-        f"transformers has no model for {type(config).__name__}.", "Add `architectures` to the config."
-    )
+    raise TargetError(f"transformers has no model for {type(config).__name__}.", "Add `architectures` to the config.")
 
 
 def _override(config: Any, key: str, value: Any) -> None:
@@ -208,9 +200,7 @@ def _override(config: Any, key: str, value: Any) -> None:
     attributes = {} if owner is None else owner.to_dict()
     if last not in attributes and not hasattr(owner, last):
         near = did_you_mean(last, attributes)
-        raise TargetError(
-            f"The config has no {key}.", near or "--model-arg changes attributes that the config has."
-        )
+        raise TargetError(f"The config has no {key}.", near or "--model-arg changes attributes that the config has.")
     setattr(owner, last, value)
 
 
@@ -253,9 +243,7 @@ def _spectrogram_shape(config: Any, batch: int, seq: int) -> tuple[int, int, int
     return (batch, seq, getattr(config, "num_mel_bins", getattr(config, "feature_size", 80)))
 
 
-def _add_labels(
-    model: nn.Module, config: Any, takes: set[str], kwargs: dict[str, Any], batch: int, seq: int
-) -> None:
+def _add_labels(model: nn.Module, config: Any, takes: set[str], kwargs: dict[str, Any], batch: int, seq: int) -> None:
     name = type(model).__name__
     if "return_loss" in takes:
         kwargs["return_loss"] = True
@@ -270,9 +258,7 @@ def _add_labels(
         return
     if name.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
         single = config.num_labels > 1
-        kwargs["labels"] = (
-            _integers((batch,), config.num_labels) if single else torch.randn(batch, device="cpu")
-        )
+        kwargs["labels"] = _integers((batch,), config.num_labels) if single else torch.randn(batch, device="cpu")
     elif name.endswith(("MultipleChoice", "NextSentencePrediction")):
         kwargs["labels"] = _integers((batch,), 2)
     elif name.endswith("TokenClassification"):
@@ -290,13 +276,7 @@ def _add_labels(
 def _passes_keywords_to_loss(forward: Callable[..., Any]) -> bool:
     tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "loss_function"
-        ):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "loss_function":
             # an entry without a name is the ** of a call
-            return any(
-                keyword.arg is None or keyword.arg == "num_items_in_batch" for keyword in node.keywords
-            )
+            return any(keyword.arg is None or keyword.arg == "num_items_in_batch" for keyword in node.keywords)
     return False

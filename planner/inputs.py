@@ -1,4 +1,4 @@
-"""Example inputs of a model: one batch of CPU tensors, from the file, from --input specs, or from the config."""
+"""Example inputs of a model: one batch of CPU tensors, from the user's function or from --input specs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from torch import nn
 from ..errors import ModelError, TargetError
 from .locate import did_you_mean
 
-SPEC_FORM = (
-    '--input takes "name=dtype[dims]<bound", for example "ids=int64[B,S]<32000" or "x=float32[B,3,S,S]".'
-)
+SPEC_FORM = '--input takes "name=dtype[dims]<bound", for example "ids=int64[B,S]<32000" or "x=float32[B,3,S,S]".'
 _SPEC = re.compile(r"(?:(?P<name>\w+)=)?(?:torch\.)?(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?:<(?P<bound>\d+))?")
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -52,9 +50,7 @@ class Inputs:
 
     def map(self, change: Callable[[torch.Tensor], Any]) -> Inputs:
         """The same inputs with `change` applied to every tensor."""
-        return Inputs(
-            _map(self.args, change), _map(self.kwargs, change), _map(self.extra, change), self.structure
-        )
+        return Inputs(_map(self.args, change), _map(self.kwargs, change), _map(self.extra, change), self.structure)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name: keyword names, positions of args ("0", "1"), names of `extra`."""
@@ -83,7 +79,7 @@ def from_user(value: Any, model: nn.Module, has_loss_fn: bool, shown: str) -> In
     Raises
     ------
     TargetError
-        If it is no dict, tuple, list or tensor, or holds what forward does not take and there is no `loss_fn`.
+        If it is no dict, tuple, list or tensor, or holds what neither forward nor a `loss_fn` takes.
     """
     if isinstance(value, torch.Tensor):
         return Inputs(args=(value,), structure="tensor")
@@ -104,12 +100,9 @@ def from_user(value: Any, model: nn.Module, has_loss_fn: bool, shown: str) -> In
             first = next(iter(extra))
             raise TargetError(
                 f"example_inputs of {shown} returns {first!r}, which forward does not take.",
-                did_you_mean(first, names or ())
-                or "Define loss_fn(output, inputs) in the file that uses it.",
+                did_you_mean(first, names or ()) or "Define loss_fn(output, inputs) in the file that uses it.",
             )
-        return Inputs(
-            kwargs={k: v for k, v in value.items() if k not in extra}, extra=extra, structure="dict"
-        )
+        return Inputs(kwargs={k: v for k, v in value.items() if k not in extra}, extra=extra, structure="dict")
     raise TargetError(
         f"example_inputs of {shown} returned a {type(value).__name__}.", "Return a dict, a tuple or a tensor."
     )
@@ -199,9 +192,7 @@ def _size(text: str, spec: str, batch: int, seq: int) -> int:
     except (ValueError, SyntaxError, ZeroDivisionError):
         size = 0
     if size < 1:
-        raise TargetError(
-            f"--input {spec!r}: cannot make a size of {text!r} (B is {batch}, S is {seq}).", SPEC_FORM
-        )
+        raise TargetError(f"--input {spec!r}: cannot make a size of {text!r} (B is {batch}, S is {seq}).", SPEC_FORM)
     return size
 
 
@@ -224,9 +215,7 @@ def _positional_count(model: nn.Module) -> int | None:
 def required_names(model: nn.Module) -> list[str]:
     """Arguments of `forward` that have no default."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return [
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _map(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Finds what a target on the command line names: a file, a module attribute or a Hugging Face config; no torch."""
+"""Finds what a target names: a Python file, a module's attribute or a config.json; needs no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import Any
 
 from ..errors import TargetError
 
-FORMS = (
-    "A target is model.py, model.py:NAME, package.module:NAME, or a Hugging Face folder or its config.json."
-)
+FORMS = "A target is model.py, model.py:NAME, package.module:NAME, or a Hugging Face folder or its config.json."
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -108,9 +106,7 @@ def _existing(path: Path, attribute: str) -> Location:
         return Location("file", path, attribute=attribute)
     if path.suffix == ".json":
         if attribute:
-            raise TargetError(
-                f"A config takes no :{attribute}.", "Set `architectures` in the config instead."
-            )
+            raise TargetError(f"A config takes no :{attribute}.", "Set `architectures` in the config instead.")
         return Location("config", path)
     raise TargetError(f"{path.name} is neither a Python file nor a config.json.", FORMS)
 

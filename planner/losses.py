@@ -53,9 +53,7 @@ def find_loss(output: Any) -> tuple[torch.Tensor, str]:
         if leaf.is_floating_point():
             wide = leaf if leaf.dtype == torch.float64 else leaf.float()
             return wide.square().mean(), "stand-in: the mean of squares of the first floating-point output"
-    raise ModelError(
-        f"The model's output ({type(output).__name__}) has no floating-point tensor.", LOSS_FORMS
-    )
+    raise ModelError(f"The model's output ({type(output).__name__}) has no floating-point tensor.", LOSS_FORMS)
 
 
 def as_scalar(value: Any, what: str) -> torch.Tensor:

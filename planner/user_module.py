@@ -92,7 +92,7 @@ def execute(location: Location) -> ModuleType:
 
 
 def find_model(module: ModuleType, attribute: str, shown: str) -> Found:
-    """The model that `attribute` names, or without one: an entry point, the only instance, the only root class.
+    """The model that `attribute` names; without one an entry point, the only instance or the only root class.
 
     Parameters
     ----------
@@ -115,9 +115,7 @@ def find_model(module: ModuleType, attribute: str, shown: str) -> Found:
             return Found(*next(iter(found.items())))
         if found:
             listed = ", ".join(found)
-            raise TargetError(
-                f"{shown} has {len(found)} {kind}: {listed}.", f"Name one: {shown}:{next(iter(found))}."
-            )
+            raise TargetError(f"{shown} has {len(found)} {kind}: {listed}.", f"Name one: {shown}:{next(iter(found))}.")
     raise TargetError(
         f"No model in {shown}: no build_model, get_model or model, no nn.Module instance or class.",
         f"Add `def build_model(): ...`, or name it: {shown}:NAME.",
@@ -132,8 +130,7 @@ def _named(module: ModuleType, attribute: str, names: dict[str, Any], shown: str
             near = did_you_mean(attribute, likely)
             raise TargetError(
                 f"{shown} has no {attribute}.",
-                near
-                or (f"Models and factories in it: {', '.join(likely[:8])}." if likely else f"Check {shown}."),
+                near or (f"Models and factories in it: {', '.join(likely[:8])}." if likely else f"Check {shown}."),
             )
         value = getattr(value, part)
     if not _is_model_like(value):
@@ -147,11 +144,7 @@ def _named(module: ModuleType, attribute: str, names: dict[str, Any], shown: str
 def _is_model_like(value: Any) -> bool:
     if inspect.isclass(value):
         return issubclass(value, nn.Module)
-    return (
-        isinstance(value, nn.Module)
-        or inspect.isroutine(value)
-        or (callable(value) and hasattr(value, "func"))
-    )
+    return isinstance(value, nn.Module) or inspect.isroutine(value) or (callable(value) and hasattr(value, "func"))
 
 
 def _root_instances(names: dict[str, Any]) -> dict[str, nn.Module]:
@@ -192,9 +185,7 @@ def _references(module: ModuleType) -> dict[str, set[str]]:
     names = {node.name for node in definitions}
     return {
         node.name: {
-            inner.id
-            for inner in ast.walk(node)
-            if isinstance(inner, ast.Name) and inner.id in names - {node.name}
+            inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and inner.id in names - {node.name}
         }
         for node in definitions
     }
@@ -303,9 +294,7 @@ def _check_arguments(signature: inspect.Signature, arguments: dict[str, Any], na
             raise TargetError(f"{name}() has no argument {unknown[0]!r}.", near)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     missing = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in variadic and p.name not in arguments
+        p.name for p in parameters if p.default is p.empty and p.kind not in variadic and p.name not in arguments
     ]
     if missing:
         flags = " ".join(f"--model-arg {key}=..." for key in missing)
