@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..costmodels.compute import peak_flops
 from .choices import CostModel, absolute_name, breakdown
 from .evaluate import Evaluation
 from .graph import ModelGraph
@@ -189,7 +190,7 @@ def predicted_section(model: CostModel, mesh: Mesh, assignment: Assignment, eval
         step_time_s=step,
         tokens_per_s_per_gpu=samples * tokens_per_sample(model.graph) / mesh.world_size,
         samples_per_s=samples,
-        mfu=flops / (step * mesh.world_size * model.profile.peak_flops(request.compute_dtype)),
+        mfu=flops / (step * mesh.world_size * peak_flops(request.compute_dtype, model.profile.device)),
         peak_memory_bytes=list(evaluation.stage_bytes),
         device_bytes=[sum(parts.values()) for parts in memory],
         breakdown_s=breakdown(model, mesh, assignment.boundaries, assignment.choices, step),
@@ -241,7 +242,7 @@ def build_plan(
             gpus=request.gpus,
             gpus_per_node=request.gpus_per_node,
             memory_limit_bytes=request.memory_limit_bytes,
-            peak_flops=profile.peak_flops(request.compute_dtype),
+            peak_flops=peak_flops(request.compute_dtype, profile.device),
             peak_name=f"{profile.name} dense {request.compute_dtype}",
         ),
         mesh=mesh_section(mesh),

@@ -58,10 +58,10 @@ def plain_fsdp(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
 
 
 def rule_of_thumb(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
-    """Folklore's layout: the least pp, then the least tp inside the node, that fits; microbatch 1; rest data parallel.
+    """Folklore's layout: the least pp, then the least tp, that fits; microbatch 1; the rest data parallel.
 
-    As in Megatron-LM's guidance (Narayanan et al. 2021, section 5.6): tensor parallelism up to the node first,
-    then pipeline stages until it fits, data parallelism for the rest; recomputation (selective, then full) only where needed;
+    Megatron-LM's guidance (Narayanan et al. 2021): tensor parallelism inside the node first, pipeline stages only
+    where that does not fit, data parallelism for the rest; recomputation (selective, then full) only where needed;
     optimizer state sharded over the replicas.
     """
     usable = [

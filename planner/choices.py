@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..costmodels.collectives import collective_s
-from ..costmodels.compute import kernel_s, optimizer_s
+from ..costmodels.compute import clip_s, kernel_s, optimizer_s
 from ..costmodels.memory import (
     DataParallel,
     UnitParameters,
@@ -24,7 +24,7 @@ from ..costmodels.memory import (
     transient_weight_bytes,
 )
 from ..costmodels.overlap import overlapped_s
-from ..hardware_profiles.schema import Profile
+from ..hardware_profiles.catalog import Profile
 from ..units import DTYPE_BYTES
 from .graph import ModelGraph, UnitClass
 from .mesh import Mesh
@@ -95,7 +95,11 @@ class CostModel:
         self.request = request
         self.device = profile.device.shared_by(request.gpus)
         self.links = profile.links.with_node_size(request.gpus_per_node)
-        self.clock = KernelClock(self.device, fused=self.device.kind == "cuda")
+        self.clock = KernelClock(
+            self.device,
+            fused=self.device.kind == "cuda",  # the runtime compiles blocks on GPUs
+            eager_mode="fully_shard" if request.gpus > 1 else "eager",
+        )
         self.facts = unit_facts(graph)
         self._times: dict[tuple[int, int, int], UnitTimes] = {}
         self._memory: dict[tuple[int, int, int], UnitMemory] = {}
@@ -234,11 +238,9 @@ class CostModel:
         return sum(spec.numel * DTYPE_BYTES[spec.dtype] for spec in specs)
 
     def _optimizer_s(self, p: UnitParameters, dp: DataParallel) -> float:
+        """The optimizer's step and the gradient norm on this rank's shard."""
         local = ceil_div(p.trainable, dp.dp_shard)
-        if not local:
-            return 0.0
-        norm = kernel_s("memory", 0.0, 4.0 * local, (), "float32", "forward", self.device)
-        return optimizer_s(local, self.device) + norm
+        return optimizer_s(local, self.device) + clip_s(local, self.device)
 
     def _traffic(self, p: UnitParameters, dp: DataParallel, mesh: Mesh) -> Traffic:
         links, device = self.links, self.device

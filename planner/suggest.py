@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InfeasibleError, UsageError
-from ..hardware_profiles.profile import Profile, load_profile, match_gpu
+from ..hardware_profiles.catalog import Profile, load_profile, match_gpu
 from ..units import GIB, gib
 from .assemble import build_plan, model_section
 from .baselines import plain_fsdp, rule_of_thumb

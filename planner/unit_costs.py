@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..costmodels.collectives import collective_s
 from ..costmodels.compute import host_floor_s, kernel_s
-from ..hardware_profiles.schema import DeviceModel, LinkModel
+from ..hardware_profiles.device import DeviceModel, LinkModel
 from ..units import DTYPE_BYTES
 from .graph import Affine, Kernel, Op, UnitClass
 from .sharding import ClassSharding
@@ -114,9 +114,10 @@ def local_bytes(kernel: Kernel, dims: Dims, split: bool, tp: int, b: int) -> flo
 class KernelClock:
     """Seconds of traced kernels on one device, remembered by what they depend on."""
 
-    def __init__(self, device: DeviceModel, fused: bool) -> None:
+    def __init__(self, device: DeviceModel, fused: bool, eager_mode: str) -> None:
         self.device = device
         self.fused = fused
+        self.eager_mode = eager_mode
         self._seen: dict[tuple[object, ...], float] = {}
 
     def seconds(self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool) -> float:
@@ -132,7 +133,7 @@ class KernelClock:
         key = (kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, fused)
         if key not in self._seen:
             self._seen[key] = kernel_s(
-                kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, self.device, fused=fused
+                kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, self.device, fused=fused, sustained=True
             )
         return self._seen[key]
 
@@ -162,11 +163,10 @@ def unit_times(
         for kernel in op.backward:
             backward += clock.seconds(kernel, split, tp, b, op.forward.dims, fused)
             backward_ops += kernel.kind != "free"
-    device = clock.device
-    compiled = fused and clock.fused
+    mode = "compiled" if fused and clock.fused else clock.eager_mode
 
     def busy(gpu_s: float, ops: int) -> float:
-        return max(gpu_s, host_floor_s(ops, device, compiled=compiled))
+        return max(gpu_s, host_floor_s(ops, clock.device, mode))
 
     tp_forward = tp_backward = 0.0
     if sharding is not None and tp > 1:
