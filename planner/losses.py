@@ -68,7 +68,7 @@ def as_scalar(value: Any, what: str) -> torch.Tensor:
         raise ModelError(f"{what} is a {type(value).__name__}, not a tensor.", "Return one 0-dim tensor.")
     if value.numel() != 1:
         raise ModelError(f"{what} has shape {tuple(value.shape)}, not one value.", "Average it: .mean().")
-    return value.reshape(())
+    return value if value.ndim == 0 else value.reshape(())
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
