@@ -21,9 +21,9 @@ from .locate import did_you_mean
 
 # tried in this order for a config that names no architecture
 _AUTO_CLASSES = (
-    "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
     "AutoModelForImageClassification",
     "AutoModel",
 )
@@ -71,6 +71,8 @@ def read_hf_config(
         ) from error
     for key, value in overrides.items():
         _override(config, key, value)
+    if architectures and architectures[0].endswith("ForSequenceClassification"):
+        _give_padding_token(config, notes)
     if architectures:
         return config, _architecture(transformers, architectures[0], path)
     model_class = _auto_class(transformers, config)
@@ -204,6 +206,14 @@ def _override(config: Any, key: str, value: Any) -> None:
     setattr(owner, last, value)
 
 
+def _give_padding_token(config: Any, notes: list[str]) -> None:
+    """Decoders classify at the last token that is no padding, and refuse batches if there is no such token."""
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
+        notes.append("The config has no pad_token_id, which batches need; 0 was taken.")
+
+
 def _declared(model: nn.Module) -> list[str]:
     return [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
 
@@ -268,6 +278,10 @@ def _add_labels(model: nn.Module, config: Any, takes: set[str], kwargs: dict[str
         kwargs["labels"] = _integers((batch, side, side), config.num_labels)
     elif "input_ids" in kwargs:
         kwargs["labels"] = kwargs["input_ids"].clone()
+    elif name.endswith("ForCTC") and "input_values" in kwargs:
+        # a CTC loss is finite if the frames outnumber the labels and the blanks between equal ones
+        length = max(1, seq // getattr(config, "inputs_to_logits_ratio", 1) // 3)
+        kwargs["labels"] = 1 + _integers((batch, length), config.vocab_size - 1)
     elif "input_features" in kwargs or "input_values" in kwargs:
         length = min(seq, getattr(config, "max_target_positions", seq))
         kwargs["labels"] = _integers((batch, length), config.get_text_config().vocab_size)

@@ -47,13 +47,14 @@ def sequence_default(model: nn.Module, example_inputs: Callable[..., Any] | None
 
     A default that the file gives the `seq` argument of its `example_inputs` comes first.
     """
-    images = is_image_model(model) if is_hf_model(model) else _looks_like_images(model)
+    latents = latent_side(model) if is_diffusers_model(model) else None
+    images = is_image_model(model) if is_hf_model(model) else latents is not None or _looks_like_images(model)
     meaning = "side" if images else "tokens"
     stated = _default_of(example_inputs)
     if stated is not None:
         return SequenceDefault(stated, meaning, "the default of example_inputs")
     if images:
-        side = latent_side(model) if is_diffusers_model(model) else image_side(getattr(model, "config", None))
+        side = latents or image_side(getattr(model, "config", None))
         source = "the config's image size" if side else "the usual side of images"
         return SequenceDefault(side or DEFAULT_IMAGE_SIDE, meaning, source)
     found = _longest_sequence(model)

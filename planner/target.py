@@ -210,23 +210,27 @@ class Target:
             "Define count_targets(inputs) beside it, or call the input labels.",
         )
 
-    def default_sequence_length(self, model: nn.Module) -> int:
+    def default_sequence_length(self, model: nn.Module | None = None) -> int:
         """``sequence_default(model).length``."""
         return self.sequence_default(model).length
 
-    def sequence_default(self, model: nn.Module) -> SequenceDefault:
+    def sequence_default(self, model: nn.Module | None = None) -> SequenceDefault:
         """The length for a user who gives none, its meaning and where it comes from (see `sequence`)."""
         from .sequence import sequence_default
 
-        return sequence_default(model, self._source.hooks.example_inputs)
+        return sequence_default(self._skeleton if model is None else model, self._source.hooks.example_inputs)
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
+        """The model on meta, for questions about its class and config; never handed out, so never changed."""
+        return self.build("meta")
 
     @cached_property
     def _hf_skeleton(self) -> nn.Module | None:
-        """The model on meta if it is one of transformers whose loss can be given the number of targets."""
+        """The skeleton, if it is a transformers model whose loss can be given the number of targets."""
         from .huggingface import counts_tokens, is_hf_model
 
-        model = self.build("meta")
-        return model if is_hf_model(model) and counts_tokens(model) else None
+        return self._skeleton if is_hf_model(self._skeleton) and counts_tokens(self._skeleton) else None
 
     def _call_example_inputs(self, function: Callable[..., Any], model: nn.Module, batch: int, seq: int) -> Any:
         """Call the file's function with as many of (batch, seq, model) as it takes."""
