@@ -50,7 +50,8 @@ class Tensor:
     `kind` is one of: input (activation from outside the unit), activation, parameter, buffer, constant
     (made from no model input). `fqn` is, for parameters and buffers, the name relative to the unit's module
     (absolute, with a leading "/", if the parameter lives outside the unit); `base` is the id of the tensor
-    whose storage this one views (itself when it owns it).
+    whose storage this one views (itself when it owns it, or is the first to show a storage from outside), and
+    `storage_bytes` the size of that storage.
     """
 
     id: int
@@ -61,6 +62,7 @@ class Tensor:
     requires_grad: bool = False
     fqn: str = ""
     strides_contiguous: bool = True
+    storage_bytes: Affine = Affine()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,10 @@ class Op:
 
     `fqn` is relative to the unit's module ("" = the unit's own forward); `module_type` the class name of the
     module that owns the call. `args` are the operator's arguments with tensors replaced by `Ref` and lists by
-    tuples. `saved` are ids of tensors that autograd keeps for backward because of this operator.
+    tuples; numbers that follow the microbatch size are `Affine`, dtypes are names, and keyword arguments are
+    (name, value) pairs at the end. Operators run directly by a parent module (glue) have a `fqn` that starts
+    with "/" and goes on with the parent's absolute FQN. `saved` are ids of tensors that autograd keeps for
+    backward because of this operator.
     """
 
     index: int
@@ -138,8 +143,10 @@ class UnitClass:
 
     `inputs` are the external tensors a unit reads (order of first use), `outputs` those read after it.
     `saved_bytes` are the storages kept from forward to backward (parameters and buffers excluded, each storage
-    once; the unit's inputs are included only when saved). `workspace_forward` / `workspace_backward` are the
-    peak bytes above (what is saved + the unit's inputs/outputs) while the unit runs.
+    once; the unit's inputs are included only when saved); `saved` has one tensor id for each.
+    `workspace_forward` / `workspace_backward` are the peak bytes above (what is saved + the unit's inputs and
+    outputs) while the unit runs; backward counts the gradients of the unit's inputs as workspace, those of its
+    outputs and of parameters not.
     """
 
     index: int
@@ -154,6 +161,7 @@ class UnitClass:
     workspace_backward: Affine
     flops_forward: Affine
     flops_backward: Affine
+    saved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +185,8 @@ class Unit:
     replicated: bool = False
     cut_after: bool = False
     wire: tuple[tuple[int, int], ...] = ()
+    modules: tuple[str, ...] = ()
+    output_leaves: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
