@@ -157,7 +157,6 @@ class _Programme:
     keys: tuple[tuple[int, str, int], ...]
     steps: tuple[tuple[int, int, int, int], ...]
     last: tuple[int, ...]
-    in_flight: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
@@ -167,7 +166,7 @@ def _programme(schedule: str, pp: int, microbatches: int) -> _Programme:
     none = 2 * pp * microbatches
     index: dict[tuple[int, str, int], int] = {}
     steps = []
-    done, before, in_flight, running = [0] * pp, [none] * pp, [0] * pp, [0] * pp
+    done, before = [0] * pp, [none] * pp
     while len(steps) < none:
         for s in range(pp):
             while done[s] < len(order[s]):
@@ -181,19 +180,24 @@ def _programme(schedule: str, pp: int, microbatches: int) -> _Programme:
                 edge = m == 0 if kind == "F" else m == microbatches - 1
                 steps.append((before[s], source, transfer, 4 * s + 2 * (kind == "B") + edge))
                 before[s] = index[(s, kind, m)] = len(steps) - 1
-                running[s] += 1 if kind == "F" else -1
-                in_flight[s] = max(in_flight[s], running[s])
                 done[s] += 1
-    return _Programme(tuple(index), tuple(steps), tuple(before), tuple(in_flight))
+    return _Programme(tuple(index), tuple(steps), tuple(before))
 
 
+@lru_cache(maxsize=1024)
 def in_flight_microbatches(schedule: str, stages: int, microbatches: int) -> tuple[int, ...]:
     """The most microbatches each stage holds at once, read off the schedule's own order.
 
     >>> in_flight_microbatches("1f1b", 4, 8), in_flight_microbatches("gpipe", 2, 8)
     ((4, 3, 2, 1), (8, 8))
     """
-    return _programme(schedule, stages, microbatches).in_flight
+    most = []
+    for row in schedule_order(schedule, stages, microbatches):
+        held = [0]
+        for kind, _ in row:
+            held.append(held[-1] + (1 if kind == "F" else -1))
+        most.append(max(held))
+    return tuple(most)
 
 
 def simulate(schedule: str, stages: Sequence[StageTimes], microbatches: int, step_fixed_s: float = 0.0) -> Timeline:
@@ -252,7 +256,7 @@ def simulate(schedule: str, stages: Sequence[StageTimes], microbatches: int, ste
         schedule=schedule,
         microbatches=microbatches,
         step_time_s=makespan + step_fixed_s,
-        in_flight=programme.in_flight,
+        in_flight=in_flight_microbatches(schedule, pp, microbatches),
         bubble_fraction=max(0.0, 1 - busy / (pp * makespan)) if makespan > 0 else 0.0,
         critical_path=_critical_path(programme, ends, latencies, finish.index(makespan)),
         ends_s=tuple(ends[:-1]),
