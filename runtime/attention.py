@@ -54,13 +54,13 @@ def attention_on_local_heads(
     heads_dim = query.ndim - 3
     sharded = isinstance(query, DTensor) and query.placements == (Shard(heads_dim),)
     if not sharded:
-        plain = [None if t is None else _replicated(t) for t in (query, key, value, attn_mask)]
-        out = _torch_attention(*cast(Any, plain), **options)
+        plain: list[Any] = [None if t is None else _replicated(t) for t in (query, key, value, attn_mask)]
+        out = _torch_attention(plain[0], plain[1], plain[2], plain[3], **options)
         return DTensor.from_local(out, mesh, [Replicate()], run_check=False)
     heads = query.shape[heads_dim]
     mask = None if attn_mask is None else _local_mask(attn_mask, heads, mesh)
     local = [_local_heads(t, heads, mesh) for t in (query, key, value)]
-    out = _torch_attention(*cast(Any, local), mask, **options)
+    out = _torch_attention(local[0], local[1], local[2], mask, **options)
     return DTensor.from_local(out, mesh, [Shard(heads_dim)], run_check=False)
 
 

@@ -67,9 +67,7 @@ def part_of_rank(
     return packed_part(full, sizes, degree, rank, dim)
 
 
-def load_full_tensor(
-    parameter: torch.Tensor, full: torch.Tensor, fqn: str, section: TensorParallelSection
-) -> None:
+def load_full_tensor(parameter: torch.Tensor, full: torch.Tensor, fqn: str, section: TensorParallelSection) -> None:
     """Copy this rank's part of `full` into `parameter`, without communication.
 
     Parameters
@@ -98,9 +96,7 @@ def load_full_tensor(
         target.copy_(shard_of(full, parameter, fqn, section))
 
 
-def shard_of(
-    full: torch.Tensor, like: torch.Tensor, fqn: str, section: TensorParallelSection
-) -> torch.Tensor:
+def shard_of(full: torch.Tensor, like: torch.Tensor, fqn: str, section: TensorParallelSection) -> torch.Tensor:
     """This rank's part of `full`, cut as the DTensor `like` is."""
     if not isinstance(like, DTensor):
         return full

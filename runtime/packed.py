@@ -68,9 +68,7 @@ class PackedOutput:
         The module, for messages.
     """
 
-    def __init__(
-        self, local: torch.Tensor, mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], owner: str
-    ) -> None:
+    def __init__(self, local: torch.Tensor, mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], owner: str) -> None:
         self._local, self._mesh, self._dim, self._sizes, self._owner = local, mesh, dim, sizes, owner
 
     @property
@@ -107,9 +105,7 @@ class PackedOutput:
         """The segments, if that is what is asked for."""
         total = sum(self._sizes)
         if isinstance(split_size, int):
-            asked = [split_size] * (total // split_size) + (
-                [total % split_size] if total % split_size else []
-            )
+            asked = [split_size] * (total // split_size) + ([total % split_size] if total % split_size else [])
         else:
             asked = list(split_size)
         if dim % self.ndim != self._dim or asked != list(self._sizes):
@@ -125,9 +121,7 @@ class PackedOutput:
 
     def view(self, *shape: Any) -> Any:
         """A view that keeps the leading dimensions and sets the segments apart, or keeps them whole."""
-        wanted = list(
-            shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
-        )
+        wanted = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
         lead = list(self.shape[: self._dim])
         tail = list(self.shape[self._dim :])
         if not all(isinstance(n, int) for n in wanted):
@@ -136,12 +130,7 @@ class PackedOutput:
             known = -math.prod(wanted)
             wanted[wanted.index(-1)] = math.prod(self.shape) // max(known, 1)
         rest = wanted[len(lead) :]
-        if (
-            wanted[: len(lead)] != lead
-            or math.prod(rest) != math.prod(tail)
-            or len(rest) < 2
-            or len(tail) != 1
-        ):
+        if wanted[: len(lead)] != lead or math.prod(rest) != math.prod(tail) or len(rest) < 2 or len(tail) != 1:
             self._refuse(f"view{tuple(wanted)}")
         degree, inner = self._mesh.size(), math.prod(rest[1:])
         if all(size == inner for size in self._sizes) and rest[1] % degree == 0:
@@ -174,11 +163,7 @@ class PackedOutput:
         items = items + (slice(None),) * (self.ndim - len(items))
         others = [item for dim, item in enumerate(items) if dim != self._dim]
         cut = items[self._dim]
-        if (
-            len(items) != self.ndim
-            or not isinstance(cut, slice)
-            or any(item != slice(None) for item in others)
-        ):
+        if len(items) != self.ndim or not isinstance(cut, slice) or any(item != slice(None) for item in others):
             self._refuse(f"[{index}]")
         start, stop, step = cut.indices(sum(self._sizes))
         borders = [sum(self._sizes[:i]) for i in range(len(self._sizes) + 1)]

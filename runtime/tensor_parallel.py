@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map
 
 from ..errors import PlanFileError
 from ..planner.plan import ModuleStyle, TensorParallelSection
@@ -36,6 +37,8 @@ from .full_tensors import part_of_rank, shard_dim
 from .local_region import runs_locally, use_local_region
 from .packed import PackedOutput
 
+# Attribute of an activation: itself behind the sum of its gradients, or True if it is behind it already.
+_SUMMED = "_tpplan_summed"
 _REPLICATE = ModuleStyle(style="replicate")
 
 
@@ -74,6 +77,9 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
             module._parameters[name] = done[id(parameter)]
         if owned:
             _set_borders(module, fqn, style, tp_mesh)
+        children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
+        if any(child is not None and child.style in ("col", "packed") for child in children):
+            module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
     wrap_attention(model)
 
 
@@ -104,9 +110,7 @@ def unwrap_activation(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
 
 
-def _sharded_dims(
-    model: nn.Module, section: TensorParallelSection
-) -> dict[int, tuple[int, ModuleStyle, str]]:
+def _sharded_dims(model: nn.Module, section: TensorParallelSection) -> dict[int, tuple[int, ModuleStyle, str]]:
     """Which parameters tp divides, by identity: tied names must agree, names without a style follow."""
     dims: dict[int, tuple[int, ModuleStyle, str]] = {}
     for fqn, module in model.named_modules():
@@ -162,23 +166,59 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
         module.register_forward_hook(_replicate_output)
 
 
-def _place_input(
-    mesh: DeviceMesh, wanted: Placement, module: nn.Module, args: tuple[Any, ...]
-) -> tuple[Any, ...]:
+def _place_input(mesh: DeviceMesh, wanted: Placement, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     first = cast(DTensor, wrap_activation(args[0], mesh))
     placement = Shard(first.ndim - 1) if wanted.is_shard() else wanted
     if first.placements != (placement,):
         first = first.redistribute(placements=[placement])
+    elif placement.is_replicate():
+        first = _sum_gradient(first)
     return (first, *args[1:])
+
+
+def _sum_gradient(tensor: Any) -> Any:
+    """`tensor`, with its gradient summed over tp here, once for all the projections that read it.
+
+    Left to itself DTensor carries the partial sums further, through norms and into the weight gradients of the
+    row-sharded layers before (16 all-gathers and 12 reduce-scatters instead of 9 all-reduces in a 4-layer
+    Llama). What is no replicated DTensor with a gradient is returned as it is.
+    """
+    if not isinstance(tensor, DTensor) or not tensor.requires_grad or tensor.placements != (Replicate(),):
+        return tensor
+    seen = getattr(tensor, _SUMMED, None)
+    if seen is True:
+        return tensor
+    if seen is None:
+        seen = _summed(tensor)
+        setattr(tensor, _SUMMED, seen)
+    return seen
+
+
+def _summed(tensor: DTensor) -> DTensor:
+    local = tensor.to_local()
+    summed = DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False)
+    setattr(summed, _SUMMED, True)
+    return summed
+
+
+def _sum_at_the_door(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Sum the gradients of the inputs of a module that holds projections.
+
+    They may come from outside a compiled region, where the projections inside must not leave a mark on them.
+    """
+    return tree_map(_sum_unmarked, (args, kwargs))
+
+
+def _sum_unmarked(tensor: Any) -> Any:
+    wanted = isinstance(tensor, DTensor) and tensor.requires_grad and tensor.placements == (Replicate(),)
+    return _summed(tensor) if wanted and getattr(tensor, _SUMMED, None) is None else tensor
 
 
 def _replicate_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
     return output.redistribute(placements=[Replicate()])
 
 
-def _pack_output(
-    fqn: str, sizes: tuple[int, ...], module: nn.Module, args: Any, output: DTensor
-) -> PackedOutput:
+def _pack_output(fqn: str, sizes: tuple[int, ...], module: nn.Module, args: Any, output: DTensor) -> PackedOutput:
     return PackedOutput(output.to_local(), output.device_mesh, output.ndim - 1, sizes, fqn)
 
 
