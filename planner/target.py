@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TargetError, UsageError
@@ -66,6 +67,11 @@ class Target:
     def source_hash(self) -> str:
         """sha256 of the file's text, or of the config's JSON with sorted keys."""
         return self._source.content_hash
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the user's code lives, to tell its lines from a library's (`blame`); None for a config."""
+        return self._source.folder
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError, TargetError
+from ..errors import ModelError, TargetError, TpplanError
 from .blame import blame
 from .locate import Location, did_you_mean
 
@@ -60,7 +60,7 @@ def user_code(doing: str, folder: str | os.PathLike[str] | None, remedy: str = "
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
-    except (TargetError, ModelError):
+    except TpplanError:
         raise
     except SystemExit as error:
         raise ModelError(
