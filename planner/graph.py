@@ -43,6 +43,9 @@ class Affine(NamedTuple):
         return Affine(self.base * factor, self.per_sample * factor)
 
 
+NOTHING = Affine()
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a unit class (ids are local to the class).
@@ -62,7 +65,7 @@ class Tensor:
     requires_grad: bool = False
     fqn: str = ""
     strides_contiguous: bool = True
-    storage_bytes: Affine = Affine()
+    storage_bytes: Affine = NOTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,11 @@ class Recorder(TorchDispatchMode):
     def known(self, tensor: torch.Tensor) -> int:
         """The id of `tensor`, registering a tensor never seen before as a constant."""
         found = self._ids.get(id(tensor))
-        return self.register(tensor, "constant") if found is None else found
+        if found is None:
+            return self.register(tensor, "constant")
+        if tensor.requires_grad:  # autograd says so only after the operator that made the tensor is recorded
+            self.recording.tensors[found].requires_grad = True
+        return found
 
     def register(self, tensor: torch.Tensor, kind: str, fqn: str = "") -> int:
         """Give `tensor` a new id (again, if it was written in place)."""

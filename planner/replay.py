@@ -154,12 +154,14 @@ class Replayer:
         tensors = self.recorder.recording.tensors
         reached = {self.recorder.known(leaf)}
         for op in ops:
-            if reached & set(op.inputs):
-                reached.update(t for t in op.outputs if tensors[t].requires_grad)
-        return any(isinstance(t, torch.Tensor) and self.recorder.known(t) in reached for t in outputs)
+            if any(t in reached and tensors[t].requires_grad for t in op.inputs):
+                reached.update(op.outputs)
+        differentiable = (t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad)
+        return any(self.recorder.known(t) in reached for t in differentiable)
 
     def _replay(self, template: _Template, leaves: Sequence[Any], member: nn.Module) -> Any:
         self.replayed += 1
+        self.recorder.recording.clock += 1
         self.recorder.recording.calls[self.recorder.current_call].replay_of = template.call
         new = [o for o in template.outputs if o.shape is not None]
 
@@ -170,6 +172,7 @@ class Replayer:
         def gradient(like: tuple[Any, ...]) -> torch.Tensor:
             with self.recorder.pause():
                 made = self.empty(*like)
+                self.recorder.recording.clock += 1
                 self.recorder.register(made, "activation")
                 return made
 
