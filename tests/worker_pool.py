@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import secrets
 import subprocess
 import sys
@@ -48,9 +49,7 @@ class WorkerPool:
         self._listener = Listener(("127.0.0.1", 0), backlog=size, authkey=self._key)
         self._workers: dict[int, tuple[subprocess.Popen[bytes], Connection]] = {}
 
-    def run(
-        self, function: Callable[..., Any], *, world: int = 4, timeout_s: float = 240, **kwargs: Any
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], *, world: int = 4, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
         """What `function` returned on each rank, in rank order.
 
         Raises
@@ -62,7 +61,7 @@ class WorkerPool:
         with tempfile.TemporaryDirectory(prefix="tpplan-pool-") as folder:
             where = (function.__code__.co_filename, function.__name__)
             for rank in range(world):
-                self._workers[rank][1].send((where, rank, world, f"{folder}/store", kwargs))
+                self._workers[rank][1].send_bytes(pickle.dumps((where, rank, world, f"{folder}/store", kwargs)))
             return self._collect(world, timeout_s)
 
     def _start(self, world: int) -> None:
@@ -89,7 +88,7 @@ class WorkerPool:
                 assert isinstance(connection, Connection)
                 rank = pending.pop(connection)
                 try:
-                    kind, value, when = connection.recv()
+                    kind, value, when = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     kind, value, when = "error", "the process died", time.time()
                 if kind == "error":
@@ -160,8 +159,9 @@ def _serve(port: int, rank: int) -> None:
     connection.send(rank)
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
-            message = connection.recv()
-            connection.send(_task(message, loaded))
+            message = pickle.loads(connection.recv_bytes())
+            # Plain pickle: a connection's own `send` would share tensors by file descriptors.
+            connection.send_bytes(pickle.dumps(_task(message, loaded)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Data parallelism: FSDP2 over the (dp_replicate, dp_shard) mesh, also where both degrees are 1.
+
+Gradients are summed, not averaged: the loss of every microbatch is already divided by what the whole global
+batch has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..planner.plan import Plan
+from .mesh import RankMesh
+
+
+def wrappable_units(model: nn.Module, units: Iterable[str]) -> list[str]:
+    """Those of `units` that `fully_shard` can wrap alone: they own parameters and share none with the rest.
+
+    A tied parameter has one owner in FSDP, the root.
+    """
+    owners: dict[int, set[str]] = {}
+    names = list(units)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((unit for unit in names if name.startswith(f"{unit}.")), "")
+        owners.setdefault(id(parameter), set()).add(owner)
+    shared = {owner for group in owners.values() if len(group) > 1 for owner in group}
+    owning = {owner for group in owners.values() for owner in group}
+    return [unit for unit in names if unit in owning and unit not in shared]
+
+
+def shard_parameters(
+    root: nn.Module,
+    model: nn.Module,
+    units: Iterable[str],
+    plan: Plan,
+    mesh: RankMesh,
+    compute_dtype: torch.dtype,
+    materialise: Callable[[nn.Module, str], None],
+) -> None:
+    """Apply `fully_shard` to each of `units`, then to `root`, which takes what is left.
+
+    ``materialise(module, fqn)`` is called just before a module is sharded, so that a rank holds the
+    whole tensors of one unit at a time.
+    """
+    reduced = compute_dtype in (torch.bfloat16, torch.float16)
+    dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32} if reduced else {}
+    dp = mesh.data_parallel
+    for fqn in units:
+        module = model.get_submodule(fqn)
+        materialise(module, fqn)
+        fully_shard(
+            module,
+            mesh=dp,
+            reshard_after_forward=plan.sharding.reshard_after_forward,
+            mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=True),
+        )
+    materialise(model, "")
+    # What the root owns (tied embeddings, loose parameters) stays gathered; received tensors are not cast.
+    fully_shard(
+        root, mesh=dp, reshard_after_forward=False, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    )
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+class GradientSync:
+    """When FSDP reduces gradients and lets weights go, microbatch by microbatch.
+
+    gradient_sync "every" reduces after each microbatch, "last" accumulates whole gradients and reduces once.
+    With "last", weights that stay gathered through a microbatch stay so until the last one.
+    """
+
+    def __init__(self, root: FSDPModule, plan: Plan) -> None:
+        self._root = root
+        self._every = plan.schedule.gradient_sync == "every"
+        self._zero3 = plan.sharding.reshard_after_forward
+
+    def before_backward(self, last: bool) -> None:
+        """Set the switches for the backward of one microbatch; `last` in this step or not."""
+        root = self._root
+        root.set_is_last_backward(last)
+        root.set_requires_gradient_sync(last or self._every)
+        root.set_reshard_after_backward(last or self._every or self._zero3)
+        root.set_reshard_after_backward(last or self._every, recurse=False)
