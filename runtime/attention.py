@@ -8,6 +8,8 @@ Calls without DTensors pass through untouched.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ..errors import ModelError
 
 _torch_attention = F.scaled_dot_product_attention
+# (namespace, name) of every caller: a property of this process's modules, like sys.modules itself.
+_callers: list[tuple[dict[str, Any], str]] = []
 
 
 def attention_on_local_heads(
@@ -111,20 +115,32 @@ def _local_mask(mask: torch.Tensor, heads: int, mesh: DeviceMesh) -> torch.Tenso
     return mask.narrow(dim, *_heads_of_rank(mask.shape[dim], heads, mesh))
 
 
-def wrap_attention(model: nn.Module) -> None:
-    """Let every caller of `scaled_dot_product_attention` reach `attention_on_local_heads`.
-
-    Replaces the name in `torch.nn.functional`, and in the modules that imported it by name before. It stays
-    replaced; without DTensors the wrapper is torch's own function.
-    """
+def find_attention_callers(model: nn.Module) -> None:
+    """Note every name that stands for `scaled_dot_product_attention`: torch's own, and those imported before."""
     spaces = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
     # A model file may be loaded without an entry in sys.modules: its functions still know their globals.
     for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
         spaces += [f.__globals__ for f in vars(kind).values() if hasattr(f, "__globals__")]
     for space in spaces:
-        if space.get("__name__") == __name__:
+        owner = str(space.get("__name__", ""))
+        if owner == __name__ or owner.startswith("torch._"):
             continue
         names = [name for name, value in list(space.items()) if value is _torch_attention]
-        for name in names:
-            if not str(space.get("__name__", "")).startswith("torch._"):
-                space[name] = attention_on_local_heads
+        _callers.extend((space, name) for name in names if not _is_known(space, name))
+
+
+def _is_known(space: dict[str, Any], name: str) -> bool:
+    return any(known is space and name == known_name for known, known_name in _callers)
+
+
+@contextmanager
+def sharded_attention() -> Iterator[None]:
+    """Inside, the callers that `find_attention_callers` noted reach `attention_on_local_heads`."""
+    replaced = [(space, name) for space, name in _callers if space.get(name) is _torch_attention]
+    try:
+        for space, name in replaced:
+            space[name] = attention_on_local_heads
+        yield
+    finally:
+        for space, name in replaced:
+            space[name] = _torch_attention

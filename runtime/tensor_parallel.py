@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import PlanFileError
 from ..planner.plan import ModuleStyle, TensorParallelSection
-from .attention import wrap_attention
+from .attention import find_attention_callers, sharded_attention
 from .full_tensors import part_of_rank, shard_dim
 from .local_region import runs_locally, use_local_region
 from .packed import PackedOutput
@@ -80,14 +80,19 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
             module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
-    wrap_attention(model)
+    find_attention_callers(model)
 
 
 @contextmanager
 def step_context(section: TensorParallelSection) -> Iterator[None]:
-    """Around forward and backward of a step: plain tensors count as replicated, the loss may be parallel."""
+    """Around forward and backward of a step, and nothing else.
+
+    Plain tensors count as replicated, attention runs on local heads, and the loss on sharded logits if the plan
+    says so.
+    """
     with ExitStack() as stack:
         stack.enter_context(implicit_replication())
+        stack.enter_context(sharded_attention())
         if section.loss_parallel:
             stack.enter_context(loss_parallel())
         yield
