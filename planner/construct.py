@@ -43,8 +43,9 @@ def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Exception |
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy of `model` with parameters and buffers on meta; their values are not copied on the way."""
-    memo: dict[int, object] = {id(p): _parameter_on_meta(p) for p in model.parameters()}
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    memo: dict[int, object] = {id(p): _parameter_on_meta(p) for p in model.parameters() if not _stays(p)}
+    lazy = UninitializedTensorMixin
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers() if not isinstance(b, lazy)}
     return copy.deepcopy(model, memo)
 
 

@@ -133,11 +133,10 @@ def _missing(spec: str) -> TargetError:
     path = Path(spec)
     folder = path.parent
     if not folder.is_dir():
-        hub = spec.count("/") == 1 and not path.suffix
-        remedy = did_you_mean(folder.name, _entries(folder.parent)) or (
-            "Models are never downloaded: name a local folder with a config.json." if hub else FORMS
-        )
-        return TargetError(f"No such file or folder: {spec}.", remedy)
+        near = did_you_mean(folder.name, _entries(folder.parent))
+        if spec.count("/") == 1 and not path.suffix:  # it may be a name on a model hub
+            near = f"{near} Models are never downloaded: name a local folder with a config.json.".lstrip()
+        return TargetError(f"No such file or folder: {spec}.", near or FORMS)
     names = _entries(folder)
     near = did_you_mean(path.name, names)
     if not near and not path.suffix:
