@@ -31,7 +31,7 @@ Subject to
     order        c[s, r] <= n_r g[s, r],  n_r g[s, r+1] <= c[s, r]                           `order_rows`
     cut          l[s, r] := g[s, r] - g[s, r+1] = 1 where stage s ends in run r;
                  l[s, r] = 0 where no cut is legal                                           `cut_rows`
-    transient    sum of q with transient at least the k-th <= N y[s, k]                      `transient_rows`
+    transient    y[s, k] = 1 if stage s holds a transient of t_k or more                     `transient_rows`
     memory       sum (static + x_s saved) q + x_s sum_r cut_r l[s-1, r]
                  + sum_k (t_k - t_k-1) y[s, k] <= cap                                        `memory_rows`
     stage time   F[s] = sum f q, V[s] = sum v q, ..., P[s] = sum_r send_r l[s, r]            `time_rows`
@@ -114,6 +114,12 @@ class _Variables:
     c: dict[tuple[int, int], pulp.LpVariable | int]
     g: dict[tuple[int, int], pulp.LpVariable | int]
     b: dict[int, pulp.LpVariable | int]
+    windows: tuple[tuple[int, int], ...]
+
+    def surely_held(self, s: int, run: Run) -> bool:
+        """Whether stage s holds a layer of `run` wherever its boundaries fall in their windows."""
+        latest_start = self.windows[s - 1][1] if s else 0
+        return max(run.start, latest_start) < min(run.end, self.windows[s][0])
 
 
 def build(
@@ -159,7 +165,7 @@ def add_row(model: pulp.LpProblem, row: Row) -> None:
 
 def _variables(problem: Problem, runs: tuple[Run, ...], windows: Sequence[tuple[int, int]]) -> _Variables:
     """Variables where the windows leave something to decide, constants elsewhere."""
-    out = _Variables({}, {}, {}, {})
+    out = _Variables({}, {}, {}, {}, tuple(windows))
     for s, (low, high) in enumerate(windows):
         out.b[s] = low if low == high else pulp.LpVariable(f"b_{s}", low, high, pulp.LpInteger)
         before = windows[s - 1][0] if s else 0
@@ -267,22 +273,22 @@ def transient_rows(
 ) -> tuple[float, list[tuple[pulp.LpVariable | int, float]], list[Row]]:
     """The stage's largest transient as lowest + sum_k (t_k - t_k-1) y[s, k].
 
-    Returns the lowest transient, the terms of the sum, and for each step k the rows that set y[s, k] = 1 as
-    soon as the stage holds a layer of transient t_k or more: for each run, sum_o q[s, r, o] <= n_r y[s, k].
+    The lowest is what layers that the stage surely holds need at least. Returns it, the terms of the sum, and the
+    rows that set y[s, k] = 1 as soon as the stage holds a layer of transient t_k or more: y[s, k] >= y[s, k+1], and
+    for each run and each transient t_k of its own, sum_{o: t_o >= t_k} q[s, r, o] <= n_r y[s, k].
     """
-    held = [(r, run.count, o, c.transient_bytes) for r, run in enumerate(runs) for o, c in _held(v, s, r, run)]
-    levels = sorted({level for *_, level in held})
-    terms, rows = [], []
-    for below, level in pairwise(levels):
-        y = pulp.LpVariable(f"y_{s}_{level}", 0, 1, pulp.LpInteger)
-        terms.append((y, (level - below) * scale.memory))
-        large: dict[int, list[tuple[pulp.LpVariable | int, float]]] = {}
-        for r, _, o, transient in held:
-            if transient >= level:
-                large.setdefault(r, []).append((v.q[s, r, o], 1.0))
-        for r, members in large.items():
-            rows.append(_row(f"transient_{s}_{level}_{r}", [*members, (y, -runs[r].count)], LE, 0))
-    return levels[0] * scale.memory if levels else 0.0, terms, rows
+    held = {r: [(o, choice.transient_bytes) for o, choice in _held(v, s, r, run)] for r, run in enumerate(runs)}
+    least = {r: min(transient for _, transient in options) for r, options in held.items() if options}
+    lowest = max((least[r] for r in least if v.surely_held(s, runs[r])), default=min(least.values()))
+    levels = sorted({transient for options in held.values() for _, transient in options if transient > lowest})
+    y = {level: pulp.LpVariable(f"y_{s}_{level}", 0, 1, pulp.LpInteger) for level in levels}
+    terms = [(y[level], (level - below) * scale.memory) for below, level in pairwise([lowest, *levels])]
+    rows = [_row(f"nested_{s}_{b}", [(y[a], 1.0), (y[b], -1.0)], GE, 0) for a, b in pairwise(levels)]
+    for r, options in held.items():
+        for level in sorted({transient for _, transient in options if transient > lowest}):
+            large = [(v.q[s, r, o], 1.0) for o, transient in options if transient >= level]
+            rows.append(_row(f"transient_{s}_{level}_{r}", [*large, (y[level], -runs[r].count)], LE, 0))
+    return lowest * scale.memory, terms, rows
 
 
 def time_rows(

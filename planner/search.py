@@ -3,6 +3,7 @@
     1. build all candidates; lb0 for all
     2. in order of lb0, until lb0 alone proves the rest: lb1, lb2, and a greedy plan (simulated)
     3. for what survives, best bound first: the exact solve, with the best step so far as cut-off
+    4. the winner by the exact solve, to a tenth of the gap
     stop when min over candidates of the last proven bound >= best step x (1 - gap)
 
 Greedy plans give upper bounds only; a candidate is given up by a proof, or solved. Interrupted at any point, the
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from .bounds import Chain, Relaxation, chain_arrays, lb0, least_memory, relax
+from .bounds import Chain, Relaxation, chain_arrays, lb0, least_memory, memory_floor, relax
 from .evaluate import Evaluation, evaluate
 from .greedy import fill
 from .problem import Assignment, Problem
@@ -115,9 +116,14 @@ def search(
         state.price()
         state.relax_all()
         state.solve_rest()
+        state.settle()
     except (KeyboardInterrupt, _OutOfTime):
         interrupted = True
     return state.result(interrupted)
+
+
+# The winner is solved to this part of the gap.
+SETTLE = 0.1
 
 
 class _OutOfTime(Exception):
@@ -131,6 +137,7 @@ class _Entry:
     key: tuple
     build: Callable[[], Problem]
     problem: Problem | None = None
+    floor_bytes: float = 0.0
     bound_s: float = 0.0
     proof: str = ""
     best: Ranked | None = None
@@ -158,12 +165,16 @@ class _Search:
         for entry in self.entries:
             self.check_time()
             entry.problem = entry.build()
-            entry.bound_s, entry.proof = lb0(entry.problem), "lb0"
+            entry.floor_bytes = memory_floor(entry.problem)
+            if entry.floor_bytes > entry.problem.memory_bytes:
+                entry.bound_s, entry.proof = inf, "memory"
+            else:
+                entry.bound_s, entry.proof = lb0(entry.problem), "lb0"
 
     def relax_all(self) -> None:
         """lb1, lb2 and a greedy plan, in order of lb0, until lb0 proves the rest."""
         for done, entry in enumerate(sorted(self.entries, key=lambda e: (e.bound_s, e.key))):
-            if entry.bound_s >= self.target_s:
+            if entry.bound_s >= self.target_s or entry.bound_s == inf:
                 break
             self.check_time()
             relaxation = self.relaxation(entry)
@@ -190,18 +201,31 @@ class _Search:
             if entry.bound_s >= self.target_s or entry.bound_s == inf:
                 break
             self.check_time()
-            self.solve_exactly(entry)
+            self.solve_exactly(entry, self.limit_s, self.gap)
             self.report()
 
-    def solve_exactly(self, entry: _Entry) -> None:
-        """One exact solve below the target; its bound replaces the entry's."""
+    def settle(self) -> None:
+        """The winner by the integer programme, to a fraction of the gap, however it was found.
+
+        The cut-off lies just above the plan in hand, so the programme has to find a plan of its own.
+        """
+        if self.ranking:
+            best = self.ranking[0]
+            entry = next(e for e in self.entries if e.key == best.key)
+            gap = max(self.gap * SETTLE, EXACT)
+            self.solve_exactly(entry, best.evaluation.step_time_s * (1 + 1e-7) / (1 - gap), gap)
+
+    def solve_exactly(self, entry: _Entry, limit_s: float, gap: float) -> None:
+        """One exact solve below limit_s (1 - gap); its bound replaces the entry's."""
         assert entry.problem is not None
-        windows = self.relaxation(entry).windows(self.target_s)
+        target_s = limit_s * (1 - gap)
+        windows = self.relaxation(entry).windows(target_s)
         if not windows:
-            entry.bound_s, entry.proof = max(entry.bound_s, self.target_s), "lb2"
+            if target_s > entry.bound_s:
+                entry.bound_s, entry.proof = target_s, "lb2"
             return
-        left = None if self.deadline_s == inf else self.deadline_s - time.monotonic()
-        solution = solve(entry.problem, self.limit_s, self.gap, left, windows=windows)
+        left = None if self.deadline_s == inf else max(0.0, self.deadline_s - time.monotonic())
+        solution = solve(entry.problem, limit_s, gap, left, windows=windows)
         self.solved += 1
         entry.bound_s, entry.proof = max(entry.bound_s, solution.lower_bound_s), "exact"
         if solution.status == "infeasible":
@@ -224,13 +248,16 @@ class _Search:
             self.ranking = order[: self.top]
 
     def relaxation(self, entry: _Entry) -> Relaxation:
-        """The relaxation of an entry; chains are shared by identity of their layers, which the problems keep."""
+        """The relaxation of an entry."""
         assert entry.problem is not None
-        layers = entry.problem.layers
-        chain = self.chains.get(id(layers))
+        return relax(entry.problem, self.chain(entry.problem))
+
+    def chain(self, problem: Problem) -> Chain:
+        """The problem's arrays, shared by identity of the layers (which the entries keep alive)."""
+        chain = self.chains.get(id(problem.layers))
         if chain is None:
-            chain = self.chains[id(layers)] = chain_arrays(layers)
-        return relax(entry.problem, chain)
+            chain = self.chains[id(problem.layers)] = chain_arrays(problem.layers)
+        return chain
 
     @property
     def limit_s(self) -> float:
@@ -283,10 +310,17 @@ class _Search:
     def shortfall(self) -> tuple[int, tuple, int]:
         """The least excess over the limit of all candidates: bytes, key, stage."""
         least: tuple[int, tuple, int] | None = None
-        for entry in self.entries:
+
+        def floor(entry: _Entry) -> float:
+            assert entry.problem is not None
+            return entry.floor_bytes - entry.problem.memory_bytes
+
+        for entry in sorted(self.entries, key=lambda e: (floor(e), e.key)):
+            if least is not None and floor(entry) > least[0]:
+                break
             problem = entry.problem
             assert problem is not None
-            chain = self.chains[id(problem.layers)]
+            chain = self.chain(problem)
             if len(chain.positions) <= problem.stages:
                 continue
             needed, stage = least_memory(problem, chain)
