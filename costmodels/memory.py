@@ -86,16 +86,40 @@ def kept_gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:
     return kept + (0 if dp.sync_every else dp.reduce_bytes * p.trainable)
 
 
-def transient_weight_bytes(p: UnitParameters, dp: DataParallel) -> int:
-    """Peak of gathered weights and gradient buffers while one unit runs backward:
+def gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:
+    """Unsharded compute weights of one unit while it runs, where they do not stay anyway: compute_bytes x total.
 
-        [reshard] 2 x compute_bytes x total                  this unit and the prefetched next one
-        + compute_bytes x trainable                          its unsharded gradients as autograd made them
-        + [sync_every] reduce_bytes x trainable (1 + 1/dp_shard)  reduce-scatter input and output
-
-    >>> transient_weight_bytes(UnitParameters(1000), DataParallel(4, 1, True, True, 2))
-    11000
+    >>> gathered_bytes(UnitParameters(1000), DataParallel(4, 1, True, True, 2))
+    2000
     """
-    gathered = 2 * dp.compute_bytes * p.total if dp.reshard_after_forward else 0
-    buffers = dp.reduce_bytes * (p.trainable + ceil_div(p.trainable, dp.dp_shard)) if dp.sync_every else 0
-    return gathered + dp.compute_bytes * p.trainable + buffers
+    return dp.compute_bytes * p.total if dp.reshard_after_forward else 0
+
+
+def reduction_bytes(p: UnitParameters, dp: DataParallel) -> int:
+    """Buffers of one unit's gradient reduction: reduce_bytes x trainable (1 + 1/dp_shard), input and output.
+
+    >>> reduction_bytes(UnitParameters(1000), DataParallel(4, 1, True, True, 2))
+    5000
+    """
+    return dp.reduce_bytes * (p.trainable + ceil_div(p.trainable, dp.dp_shard)) if dp.sync_every else 0
+
+
+def backward_transient_bytes(
+    workspace: int, own: UnitParameters, before: UnitParameters, after: UnitParameters, dp: DataParallel
+) -> int:
+    """Peak above what stays and what is saved, while one unit runs backward under fully_shard:
+
+        gathered(own) + gathered(before)        the unit's weights, and the next ones prefetched (backward order)
+        + compute_bytes x trainable(own)        its gradients as autograd makes them
+        + max(workspace + reduction(after), reduction(own))
+
+    `before` and `after` are its neighbours in forward order. The reduction of `after` is still in flight when
+    this unit starts; its own starts when its workspace is free again.
+
+    >>> p = UnitParameters(1000)
+    >>> backward_transient_bytes(300, p, p, p, DataParallel(4, 1, True, True, 2))
+    11300
+    """
+    gradients = dp.compute_bytes * own.trainable
+    buffers = max(workspace + reduction_bytes(after, dp), reduction_bytes(own, dp))
+    return gathered_bytes(own, dp) + gathered_bytes(before, dp) + gradients + buffers

@@ -18,10 +18,10 @@ from ..costmodels.compute import clip_s, kernel_s, optimizer_s
 from ..costmodels.memory import (
     DataParallel,
     UnitParameters,
+    backward_transient_bytes,
     ceil_div,
     kept_gathered_bytes,
     sharded_state_bytes,
-    transient_weight_bytes,
 )
 from ..costmodels.overlap import overlapped_s
 from ..hardware_profiles.catalog import Profile
@@ -86,34 +86,50 @@ class UnitFacts:
 
 
 class CostModel:
-    """Prices every layer of one traced model on one hardware profile for one request."""
+    """Prices every layer of one traced model on one hardware profile for one request.
 
-    def __init__(self, graph: ModelGraph, sharding: Sharding, profile: Profile, request: Request) -> None:
+    `compiled` says whether the runtime compiles the blocks; by default it does on GPUs.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        sharding: Sharding,
+        profile: Profile,
+        request: Request,
+        compiled: bool | None = None,
+    ) -> None:
         self.graph = graph
         self.sharding = sharding
         self.profile = profile
         self.request = request
         self.device = profile.device.shared_by(request.gpus)
         self.links = profile.links.with_node_size(request.gpus_per_node)
-        self.clock = KernelClock(
-            self.device,
-            fused=self.device.kind == "cuda",  # the runtime compiles blocks on GPUs
-            eager_mode="fully_shard" if request.gpus > 1 else "eager",
-        )
+        self.compiled = self.device.kind == "cuda" if compiled is None else compiled
+        self.clocks = {piped: self._clock(piped) for piped in (False, True)}
         self.facts = unit_facts(graph)
-        self._times: dict[tuple[int, int, int], UnitTimes] = {}
+        self._times: dict[tuple[int, int, int, bool], UnitTimes] = {}
         self._memory: dict[tuple[int, int, int], UnitMemory] = {}
         self._layers: dict[tuple[object, ...], tuple[tuple[Choice, ...], tuple[Parts, ...]]] = {}
 
-    def times(self, position: int, tp: int, b: int) -> UnitTimes:
-        """Seconds of the unit at `position` (see `UnitTimes`)."""
+    def _clock(self, piped: bool) -> KernelClock:
+        """Kernel times without or within a pipeline.
+
+        A pipeline's gaps leave the GPU below its power limit, so products run at their burst rate there (measured:
+        28 % faster than under FSDP); and nothing is gathered per microbatch, so the host issues operators faster.
+        """
+        gathers = self.request.gpus > 1 and not piped
+        return KernelClock(self.device, self.compiled, "fully_shard" if gathers else "eager", sustained=not piped)
+
+    def times(self, position: int, tp: int, b: int, piped: bool) -> UnitTimes:
+        """Seconds of the unit at `position` (see `UnitTimes`); `piped` = one stage of several."""
         unit = self.graph.units[position]
-        key = (unit.class_index, tp, b)
+        key = (unit.class_index, tp, b, piped)
         if key not in self._times:
             cls = self.graph.classes[unit.class_index]
             fused = self.facts[position].may_recompute  # the units that the runtime compiles
             self._times[key] = unit_times(
-                cls, self.sharding.of_class(unit.class_index), tp, b, self.clock, self.links, fused
+                cls, self.sharding.of_class(unit.class_index), tp, b, self.clocks[piped], self.links, fused
             )
         return self._times[key]
 
@@ -124,7 +140,12 @@ class CostModel:
         if key not in self._memory:
             index = self.graph.units[position].class_index
             self._memory[key] = unit_memory(
-                self.graph.classes[index], self.sharding.of_class(index), tp, b, facts.elsewhere
+                self.graph.classes[index],
+                self.sharding.of_class(index),
+                tp,
+                b,
+                facts.elsewhere,
+                self.compiled and facts.may_recompute,
             )
         return self._memory[key]
 
@@ -159,8 +180,11 @@ class CostModel:
         """Choices of the unit at `position` under `mesh`, and the parts of each."""
         facts = self.facts[position]
         parameters = self.parameters(position, mesh)
+        last = len(self.facts) - 1
+        before = self.parameters(position - 1, mesh) if position else UnitParameters(0)
+        after = self.parameters(position + 1, mesh) if position < last else UnitParameters(0)
         key = (
-            *(facts.kind, facts.may_recompute, parameters, position == 0),
+            *(facts.kind, facts.may_recompute, parameters, before, after, position == 0, self.gradients_stay(mesh)),
             *(
                 mesh.tp,
                 mesh.microbatch_size,
@@ -172,16 +196,27 @@ class CostModel:
             *(mesh.pp > 1, facts.own_group, self.buffer_bytes(position)),
         )
         if key not in self._layers:
-            self._layers[key] = self._price(position, mesh, parameters)
+            self._layers[key] = self._price(position, mesh, parameters, before, after)
         return self._layers[key]
 
-    def _price(self, position: int, mesh: Mesh, p: UnitParameters) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
+    @staticmethod
+    def gradients_stay(mesh: Mesh) -> bool:
+        """Whether all gradients exist while activations are at their peak.
+
+        With one microbatch they do not: when a unit's gradient is made, its activations are freed, so a unit holds
+        the larger of the two (and both only while it runs).
+        """
+        return mesh.microbatches > 1
+
+    def _price(
+        self, position: int, mesh: Mesh, p: UnitParameters, before: UnitParameters, after: UnitParameters
+    ) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
         dp = self.data_parallel(mesh, position)
-        times = self.times(position, mesh.tp, mesh.microbatch_size)
+        times = self.times(position, mesh.tp, mesh.microbatch_size, mesh.pp > 1)
         memory = self.memory(position, mesh.tp, mesh.microbatch_size)
         traffic = self._traffic(p, dp, mesh)
         static = self.static_parts(position, mesh).total
-        weights = transient_weight_bytes(p, dp)
+        gradients = 0 if self.gradients_stay(mesh) else 4 * ceil_div(p.trainable, dp.dp_shard)
         choices, parts = [], []
         for mode in RECOMPUTE if self.facts[position].may_recompute else ("none",):
             pinned = self.request.pins.get("recompute")
@@ -193,6 +228,7 @@ class CostModel:
             backward = times.backward_s + times.tp_backward_s + again + again_tp
             f, b, f_once, b_once = traffic.exposed(forward, backward, dp, first=position == 0)
             kept = {"none": memory.none, "selective": memory.selective, "full": memory.full}[mode]
+            workspace = memory.workspace + (memory.none - kept)
             optimizer = self._optimizer_s(p, dp)
             choices.append(
                 Choice(
@@ -203,8 +239,8 @@ class CostModel:
                     last_backward_extra_s=b_once,
                     tail_s=optimizer,
                     static_bytes=static,
-                    saved_bytes=kept,
-                    transient_bytes=memory.workspace + (memory.none - kept) + weights,
+                    saved_bytes=max(kept, gradients),
+                    transient_bytes=min(kept, gradients) + backward_transient_bytes(workspace, p, before, after, dp),
                 )
             )
             parts.append(
@@ -220,13 +256,13 @@ class CostModel:
         return tuple(choices), tuple(parts)
 
     def static_parts(self, position: int, mesh: Mesh) -> StaticParts:
-        """Bytes of the unit that stay on one rank, by part."""
+        """Bytes of the unit that stay on one rank, by part (gradients only where they stay)."""
         p, dp = self.parameters(position, mesh), self.data_parallel(mesh, position)
         per_copy = 4 * ceil_div(p.trainable, dp.dp_shard)
         state = sharded_state_bytes(p, dp)
         return StaticParts(
             parameters=state - per_copy * (1 + dp.optimizer_states),
-            gradients=per_copy,
+            gradients=per_copy if self.gradients_stay(mesh) else 0,
             optimizer=per_copy * dp.optimizer_states,
             gathered=kept_gathered_bytes(p, dp),
             buffers=self.buffer_bytes(position),

@@ -112,12 +112,18 @@ def local_bytes(kernel: Kernel, dims: Dims, split: bool, tp: int, b: int) -> flo
 
 
 class KernelClock:
-    """Seconds of traced kernels on one device, remembered by what they depend on."""
+    """Seconds of traced kernels on one device, remembered by what they depend on.
 
-    def __init__(self, device: DeviceModel, fused: bool, eager_mode: str) -> None:
+    fused : blocks are compiled
+    eager_mode : how the host issues operators outside compiled blocks (see `host_floor_s`)
+    sustained : matrix products run at the rate that the power limit allows for long
+    """
+
+    def __init__(self, device: DeviceModel, fused: bool, eager_mode: str, sustained: bool) -> None:
         self.device = device
         self.fused = fused
         self.eager_mode = eager_mode
+        self.sustained = sustained
         self._seen: dict[tuple[object, ...], float] = {}
 
     def seconds(self, kernel: Kernel, split: str | None, tp: int, b: int, forward_dims: Dims, fused: bool) -> float:
@@ -133,7 +139,15 @@ class KernelClock:
         key = (kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, fused)
         if key not in self._seen:
             self._seen[key] = kernel_s(
-                kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, self.device, fused=fused, sustained=True
+                kernel.kind,
+                flops,
+                moved,
+                sizes,
+                kernel.dtype,
+                kernel.wrt,
+                self.device,
+                fused=fused,
+                sustained=self.sustained,
             )
         return self._seen[key]
 
@@ -203,8 +217,35 @@ def saved_storages(cls: UnitClass) -> set[int]:
     return {t for t in bases if cls.tensors[t].kind not in ("parameter", "buffer")}
 
 
+EXPENSIVE = frozenset({"gemm", "attention", "conv", "embedding"})
+
+
+def saved_when_compiled(cls: UnitClass) -> set[int]:
+    """Ids of the storages kept when the unit is compiled.
+
+    torch.compile keeps what is dear to recompute and runs element-wise operators again in backward: each saved
+    storage is traced back, through cheap operators, to outputs of matrix products, attention and convolutions,
+    and to the unit's inputs. (The compiler's min-cut keeps at most these bytes or the eager ones.)
+    """
+    producer = {cls.tensors[t].base: op for op in reversed(cls.ops) for t in op.outputs}
+    keep: set[int] = set()
+    seen: set[int] = set()
+    todo = sorted(saved_storages(cls))
+    while todo:
+        storage = todo.pop()
+        if storage in seen:
+            continue
+        seen.add(storage)
+        op = producer.get(storage)
+        if op is None or op.forward.kind in EXPENSIVE:
+            keep.add(storage)
+        else:
+            todo += [cls.tensors[t].base for t in op.inputs]
+    return {t for t in keep if cls.tensors[t].kind not in ("parameter", "buffer", "constant")}
+
+
 def unit_memory(
-    cls: UnitClass, sharding: ClassSharding | None, tp: int, b: int, elsewhere: frozenset[int]
+    cls: UnitClass, sharding: ClassSharding | None, tp: int, b: int, elsewhere: frozenset[int], compiled: bool
 ) -> UnitMemory:
     """Bytes kept by one unit; `elsewhere` are storages already counted by another unit."""
     saved = saved_storages(cls)
@@ -216,12 +257,14 @@ def unit_memory(
     kept = kept_by_selective(cls.ops)
     outputs_kept = {cls.tensors[t].base for i in kept for t in cls.ops[i].outputs}
     none, full = total(saved), total(inputs)
+    if compiled:
+        none = min(none, total(saved_when_compiled(cls)))
     whole = sum(tensor_bytes(cls, None, t, 1, b) for t in saved)
     local = sum(tensor_bytes(cls, sharding, t, tp, b) for t in saved)
     share = local / whole if whole else 1.0
     return UnitMemory(
         none=round(none),
-        selective=round(min(none, total(inputs | (outputs_kept & saved)))),
+        selective=round(min(none, total(inputs | outputs_kept))),
         full=round(min(none, full)),
         workspace=round(cls.workspace_backward.at(b) * share),
     )
