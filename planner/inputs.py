@@ -60,14 +60,6 @@ class Inputs:
         return found
 
 
-def concatenate(parts: Sequence[Inputs]) -> Inputs:
-    """Batches joined along dimension 0, tensor by tensor; what is no tensor comes from the first."""
-    if len(parts) == 1:
-        return parts[0]
-    streams = [iter(part.tensors().values()) for part in parts]
-    return parts[0].map(lambda _: torch.cat([next(stream) for stream in streams]))
-
-
 def take(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Samples `start` to `stop` of a batch (dimension 0 of every tensor)."""
     return inputs.map(lambda tensor: tensor[start:stop])
@@ -120,12 +112,13 @@ def from_specs(specs: Sequence[str], model: nn.Module, batch: int, seq: int, has
         If a spec is malformed, or names what neither forward nor a loss function takes.
     """
     names = forward_names(model)
+    takes_any_position = names == [] and _positional_count(model) is None  # forward(*args)
     args: list[torch.Tensor] = []
     kwargs: dict[str, torch.Tensor] = {}
     extra: dict[str, torch.Tensor] = {}
     for spec in specs:
         name, tensor = draw(spec, batch, seq)
-        if not name or (not names and names is not None and _positional_count(model) is None):
+        if not name or takes_any_position:
             args.append(tensor)
         elif names is None or name in names:
             kwargs[name] = tensor

@@ -14,10 +14,11 @@ from torch import nn
 
 from ..errors import TargetError
 from . import diffusers_models, huggingface
+from .arguments import bind_arguments
 from .blame import describe
 from .construct import build_on_meta, meta_copy
 from .locate import Location, read_config
-from .user_module import bind_arguments, execute, find_model, user_code
+from .user_module import execute, find_model, user_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,9 @@ def _from_code(location: Location, spec: str, arguments: Mapping[str, Any]) -> S
     module = execute(location)
     shown = location.module or spec.removesuffix(f":{location.attribute}")
     found = find_model(module, location.attribute, shown)
-    make = bind_arguments(found, dict(arguments), shown)
-    folder = Path.cwd() if location.path is None else location.path.parent
     notes: list[str] = []
+    make = bind_arguments(found, arguments, shown, notes)
+    folder = Path.cwd() if location.path is None else location.path.parent
     where = found.name if location.kind == "module" else f"{found.name} of {shown}"
 
     def construct(device: str) -> nn.Module:

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -257,57 +257,3 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "Paths in the file are relative to where tpplan is started."
     return "Correct the model's code; --debug shows the whole traceback."
-
-
-def bind_arguments(found: Found, arguments: dict[str, Any], shown: str) -> Callable[[], nn.Module]:
-    """A call without arguments that constructs the model.
-
-    Raises
-    ------
-    TargetError
-        If an argument is unknown, or one without a default is missing.
-    """
-    if found.is_instance:
-        if arguments:
-            raise TargetError(
-                f"{shown}:{found.name} is already an instance; it takes no --model-arg.",
-                "Name a class or function, or drop --model-arg.",
-            )
-        return lambda: found.value
-    try:
-        signature = inspect.signature(found.value)
-    except (TypeError, ValueError):
-        return lambda: _module_of(found, found.value(**arguments), shown)
-    _check_arguments(signature, arguments, found.name)
-    return lambda: _module_of(found, found.value(**arguments), shown)
-
-
-def _check_arguments(signature: inspect.Signature, arguments: dict[str, Any], name: str) -> None:
-    parameters = signature.parameters.values()
-    keywords = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        unknown = [key for key in arguments if key not in keywords]
-        if unknown:
-            near = did_you_mean(unknown[0], keywords) or (
-                f"It takes: {', '.join(keywords)}." if keywords else "It takes no arguments."
-            )
-            raise TargetError(f"{name}() has no argument {unknown[0]!r}.", near)
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    missing = [
-        p.name for p in parameters if p.default is p.empty and p.kind not in variadic and p.name not in arguments
-    ]
-    if missing:
-        flags = " ".join(f"--model-arg {key}=..." for key in missing)
-        raise TargetError(
-            f"{name}() needs {', '.join(missing)}.",
-            f"Pass {flags}, or add `def build_model():` that calls it.",
-        )
-
-
-def _module_of(found: Found, built: Any, shown: str) -> nn.Module:
-    if not isinstance(built, nn.Module):
-        raise TargetError(
-            f"{shown}:{found.name} returned a {type(built).__name__}, not an nn.Module.",
-            "Let it return the model.",
-        )
-    return built

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from tpplan.planner.construct import build_on_meta
-from tpplan.planner.inputs import Inputs, concatenate, draw, take
+from tpplan.planner.inputs import Inputs, draw, take
 from tpplan.planner.losses import find_loss
 from tpplan.planner.target import Target, load_target
 
@@ -419,17 +419,35 @@ def test_input_spec_forms(text: str, shape: tuple[int, ...], dtype: torch.dtype)
     assert not tensor.is_meta
 
 
-def test_samples_one_by_one_make_the_batch(examples: Path) -> None:
+def test_a_batch_can_be_cut(examples: Path) -> None:
     target = load_target(str(examples / "resnet.py"), model_args={"depth": 18, "width": 4})
-    model = target.build("meta")
-    singles = []
-    for i in range(3):
-        torch.manual_seed(i)
-        singles.append(target.example_inputs(model, 1, 32))
-    batch = concatenate(singles)
-    assert batch.kwargs["images"].shape == (3, 3, 32, 32)
-    assert torch.equal(take(batch, 1, 2).extra["labels"], singles[1].extra["labels"])
-    assert batch.structure == "dict"
+    batch = target.example_inputs(target.build("meta"), 3, 32)
+    part = take(batch, 1, 3)
+    assert part.kwargs["images"].shape == (2, 3, 32, 32)
+    assert torch.equal(part.extra["labels"], batch.extra["labels"][1:])
+    assert part.structure == "dict"
+    assert list(part.tensors()) == ["images", "labels"]
+
+
+def test_a_configuration_dataclass_is_made_from_its_defaults(write) -> None:
+    """A file as its users write it: the model takes a config and nothing else."""
+    spec = write(
+        """
+        from dataclasses import dataclass
+        @dataclass
+        class Config:
+            width: int = 4
+            depth: int = 2
+        class Net(nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                self.config = config
+                self.layers = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.depth))
+        """
+    )
+    target = load_target(spec, model_args={"depth": "3"})
+    assert len(target.build("meta").layers) == 3
+    assert target.notes == ("Net was given config=Config(depth=3), its defaults for the rest.",)
 
 
 def test_hash_follows_the_content_not_the_place(write, tmp_path: Path) -> None:

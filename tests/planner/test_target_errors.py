@@ -167,6 +167,18 @@ def test_a_wrong_name_in_the_file(name: str, words: list[str]) -> None:
         ("def build_model(n_layer=2): pass", {"n_layers": "3"}, ["no argument 'n_layers'", "Did you mean n_layer?"]),
         ("def build_model(n_layer=2): pass", {"zzz": "3"}, ["It takes: n_layer"]),
         ("def build_model(): pass", {"zzz": "3"}, ["It takes no arguments"]),
+        (
+            "import dataclasses as d\n@d.dataclass\nclass C:\n    width: int = 1\n"
+            "class Net(nn.Module):\n    def __init__(self, config: C): pass",
+            {"widht": "3"},
+            ["C has no field 'widht'", "Did you mean width?"],
+        ),
+        (
+            "import dataclasses as d\n@d.dataclass\nclass C:\n    width: int\n"
+            "class Net(nn.Module):\n    def __init__(self, config: C): pass",
+            {},
+            ["Net() needs config"],
+        ),
         ("model = nn.Linear(4, 2)", {"width": "3"}, ["already an instance", "drop --model-arg"]),
     ],
 )
