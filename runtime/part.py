@@ -47,6 +47,8 @@ class Part(nn.Module):
         self._next = 0
         self._num_items: torch.Tensor | None = None
         self._loss_scale = 1.0
+        # A received tensor is a leaf of autograd, which nothing may change in place.
+        self._in_place = any(getattr(module, "inplace", False) for module in model.modules())
 
     def load(self, microbatches: Sequence[Inputs], num_items: torch.Tensor | None, loss_scale: float) -> None:
         """Set the microbatches of the coming step, on the device.
@@ -62,6 +64,8 @@ class Part(nn.Module):
         inputs = self._microbatches[self._next].map(self._cast)
         self._next += 1
         tensors = unpack(received, self._border.receives)
+        if self._in_place:
+            tensors = tuple(tensor.clone() for tensor in tensors)
         if self._tp is not None:
             tensors = tuple(wrap_activation(tensor, self._tp) for tensor in tensors)
         self._border.enter(tensors)

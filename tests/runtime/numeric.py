@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from tpplan.planner.inputs import Inputs
 from tpplan.planner.plan import Plan
 from tpplan.planner.target import Target, load_target
@@ -13,6 +14,17 @@ from tpplan.runtime.initialise import build_seeded, named_tensors
 
 SEED = 5
 IGNORED = {"labels": -100, "targets": -1}
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Models that ask for float32 in their norms and losses (Llama) keep float64 tensors as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype is torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **(kwargs or {}))
 
 
 def target_of(plan: Plan) -> Target:
@@ -54,7 +66,8 @@ def reference(plan: Plan, dtype: torch.dtype) -> tuple[float, dict[str, torch.Te
     for inputs in batch:
         inputs = inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         extra = target.forward_kwargs(items) if items is not None else {}
-        loss = target.loss(model(*inputs.args, **inputs.kwargs, **extra), inputs, items)
+        with KeepFloat64():
+            loss = target.loss(model(*inputs.args, **inputs.kwargs, **extra), inputs, items)
         loss = loss if tokens else loss / count
         loss.backward()
         total += loss.item()
@@ -68,7 +81,9 @@ def run_plan(rank: int, world: int, plan: Plan, float64: bool = True) -> dict[st
     from tpplan.runtime.full_tensors import full_tensor_of
 
     parallel = parallelize(target_of(plan), plan, device="cpu", seed=SEED, float64=float64)
-    parallel.forward_backward(batch_of(parallel.samples, plan, parallel.mesh.replica, parallel.mesh.replicas))
+    batch = batch_of(parallel.samples, plan, parallel.mesh.replica, parallel.mesh.replicas)
+    with KeepFloat64():
+        parallel.forward_backward(batch)
     result = parallel._totals()
     grads = {
         name: full_tensor_of(p.grad, name, plan.tensor_parallel).detach().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def split(units: Sequence[str], cuts: Sequence[int]) -> list[list[str]]:
     """The units between successive cuts."""
     bounds = [0, *cuts, len(units)]
-    return [list(units[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(units[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def write_plan(
@@ -70,8 +71,8 @@ def write_plan(
         for i, units in enumerate(stages)
     ]
     return Plan.model_validate(
-        dict(
-            model=ModelSection(
+        {
+            "model": ModelSection(
                 target=target,
                 model_args=dict(model_args or {}),
                 input_spec=list(input_spec),
@@ -83,7 +84,7 @@ def write_plan(
                 classes=1,
                 flops_per_sample=1.0,
             ),
-            hardware=HardwareSection(
+            "hardware": HardwareSection(
                 name="cpu-gloo",
                 hash="",
                 gpus=tp * dp * len(stages),
@@ -92,26 +93,26 @@ def write_plan(
                 peak_flops=1e9,
                 peak_name="test",
             ),
-            mesh=MeshSection(
+            "mesh": MeshSection(
                 pipeline_parallel_degree=len(stages),
                 data_parallel_replicate_degree=dp_replicate,
                 data_parallel_shard_degree=dp_shard,
                 tensor_parallel_degree=tp,
             ),
-            batch=BatchSection(
+            "batch": BatchSection(
                 global_batch=dp * microbatches * microbatch_size,
                 microbatch_size=microbatch_size,
                 microbatches=microbatches,
                 sequence_length=sequence_length,
             ),
-            schedule=ScheduleSection.model_validate(dict(name=schedule, gradient_sync=gradient_sync)),
-            precision=PrecisionSection.model_validate(
-                dict(name=precision, compute_dtype="bfloat16" if precision == "bf16" else "float32")
+            "schedule": ScheduleSection.model_validate({"name": schedule, "gradient_sync": gradient_sync}),
+            "precision": PrecisionSection.model_validate(
+                {"name": precision, "compute_dtype": "bfloat16" if precision == "bf16" else "float32"}
             ),
-            sharding=ShardingSection(zero_stage=3 if reshard else 2, reshard_after_forward=reshard),
-            stages=sections,
-            tensor_parallel=TensorParallelSection(styles=dict(styles or {}), loss_parallel=loss_parallel),
-            predicted=PredictedSection(
+            "sharding": ShardingSection(zero_stage=3 if reshard else 2, reshard_after_forward=reshard),
+            "stages": sections,
+            "tensor_parallel": TensorParallelSection(styles=dict(styles or {}), loss_parallel=loss_parallel),
+            "predicted": PredictedSection(
                 step_time_s=1.0,
                 tokens_per_s_per_gpu=1.0,
                 samples_per_s=1.0,
@@ -119,6 +120,6 @@ def write_plan(
                 peak_memory_bytes=[2**28] * len(stages),
                 device_bytes=[2**29] * len(stages),
             ),
-            solver=SolverSection(status="optimal", objective_s=1.0, lower_bound_s=1.0, gap=0.0, wall_s=0.0),
-        )
+            "solver": SolverSection(status="optimal", objective_s=1.0, lower_bound_s=1.0, gap=0.0, wall_s=0.0),
+        }
     )

@@ -6,32 +6,71 @@ from typing import Any
 
 import pytest
 import torch
-from numeric import check_gradients, initial_state, run_plan, target_of, SEED
+from numeric import SEED, check_gradients, initial_state, run_plan, target_of
 from plans import EXAMPLES, split, write_plan
-from tpplan.planner.plan import Plan
+from tpplan.planner.plan import ModuleStyle, Plan
 from tpplan.runtime.initialise import build_seeded, named_tensors
 
 GPT_ARGS = {"n_layer": "4", "n_head": "4", "n_embd": "32", "block_size": "32", "vocab_size": "96"}
 GPT_UNITS = ["wte", "wpe", "drop", "h.0", "h.1", "h.2", "h.3", "ln_f"]
 MODELS: dict[str, dict[str, Any]] = {
-    "nanogpt": dict(
-        target=str(EXAMPLES / "nanogpt.py"),
-        model_args=GPT_ARGS,
-        units=[f"transformer.{u}" for u in GPT_UNITS] + ["lm_head"],
-        cut=("transformer.h.1", "transformer.h.1:0:0"),
-    ),
-    "llama": dict(
-        target=str(EXAMPLES / "llama_tiny"),
-        units=["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "lm_head"],
-        replicated=["model.rotary_emb"],
-        cut=("model.layers.1", "model.layers.1:0:0"),
-    ),
-    "bert": dict(
-        target=str(EXAMPLES / "bert_tiny"),
-        units=["bert.embeddings", *(f"bert.encoder.layer.{i}" for i in range(4)), "cls"],
-        cut=("bert.encoder.layer.1", "bert.encoder.layer.1:0:0"),
-    ),
+    "nanogpt": {
+        "target": str(EXAMPLES / "nanogpt.py"),
+        "model_args": GPT_ARGS,
+        "units": [f"transformer.{u}" for u in GPT_UNITS] + ["lm_head"],
+        "cut": ("transformer.h.1", "transformer.h.1:0:0"),
+    },
+    "llama": {
+        "target": str(EXAMPLES / "llama_tiny"),
+        "units": ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "lm_head"],
+        "replicated": ["model.rotary_emb"],
+        "cut": ("model.layers.1", "model.layers.1:0:0"),
+    },
+    "resnet": {
+        "target": str(EXAMPLES / "resnet.py"),
+        "model_args": {"depth": "18", "width": "8", "num_classes": "10"},
+        "units": [
+            *(f"stem.{i}" for i in range(4)),
+            *(f"groups.{i}.{j}" for i in range(4) for j in range(2)),
+            *("pool", "head"),
+        ],
+        "cut": ("stem.1", "stem.1:0:0"),
+    },
+    "lora": {
+        "target": str(EXAMPLES / "lora.py"),
+        "model_args": {"n_layer": "4", "n_head": "4", "n_embd": "32", "block_size": "32", "vocab_size": "96"},
+        "units": ["embed", *(f"layers.{i}" for i in range(4)), "norm", "head"],
+        "cut": ("embed", "embed:0:0"),
+    },
+    "bert": {
+        "target": str(EXAMPLES / "bert_tiny"),
+        "units": ["bert.embeddings", *(f"bert.encoder.layer.{i}" for i in range(4)), "cls"],
+        "cut": ("bert.encoder.layer.1", "bert.encoder.layer.1:0:0"),
+    },
 }
+
+
+COL, ROW = ModuleStyle(style="col", output="shard"), ModuleStyle(style="row")
+VOCAB = ModuleStyle(style="vocab")
+
+
+def styles_of(model: str) -> dict[str, ModuleStyle]:
+    """Megatron's split of the model, by hand."""
+    layers = range(4)
+    if model == "nanogpt":
+        packed = ModuleStyle(style="packed", sizes=[32, 32, 32], output="shard")
+        names = {"attn.c_attn": packed, "attn.c_proj": ROW, "mlp.c_fc": COL, "mlp.c_proj": ROW}
+        blocks = {f"transformer.h.{i}.{n}": s for i in layers for n, s in names.items()}
+        return {"transformer.wte": VOCAB, **blocks, "lm_head": COL}
+    if model == "llama":
+        names = dict.fromkeys(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], COL)
+        names |= {"self_attn.o_proj": ROW, "mlp.gate_proj": COL, "mlp.up_proj": COL, "mlp.down_proj": ROW}
+        blocks = {f"model.layers.{i}.{n}": s for i in layers for n, s in names.items()}
+        return {"model.embed_tokens": VOCAB, **blocks, "lm_head": COL}
+    names = dict.fromkeys([f"attention.self.{n}" for n in ("query", "key", "value")], COL)
+    names |= {"attention.output.dense": ROW, "intermediate.dense": COL, "output.dense": ROW}
+    blocks = {f"bert.encoder.layer.{i}.{n}": s for i in layers for n, s in names.items()}
+    return {"bert.embeddings.word_embeddings": VOCAB, **blocks, "cls.predictions.decoder": COL}
 
 
 def plan_of(model: str, pp: int = 1, **options: Any) -> Plan:
@@ -45,21 +84,52 @@ def plan_of(model: str, pp: int = 1, **options: Any) -> Plan:
         wires=[[spec["cut"][1]]] if pp == 2 else [],
         model_args=spec.get("model_args"),
         replicated=spec.get("replicated", ()),
+        styles=styles_of(model) if options.get("tp", 1) > 1 else {},
+        loss_parallel=options.get("tp", 1) > 1,
         **options,
     )
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "fsdp4": dict(dp_shard=4),
-    "pp2xdp2": dict(pp=2, dp_shard=2, microbatches=4),
+    "fsdp4": {"dp_shard": 4},
+    "tp2xdp2": {"tp": 2, "dp_shard": 2},
+    "tp2xpp2": {"tp": 2, "pp": 2},
+    "pp2xdp2": {"pp": 2, "dp_shard": 2, "microbatches": 4},
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+SIZES: dict[str, dict[str, Any]] = {"resnet": {"sequence_length": 32, "microbatch_size": 2}}
+# Convolutions run without tp. Both border cases of a cut are here: before an operator in place (resnet), and
+# behind units without gradients (lora).
+CASES = [(model, layout) for model in ("nanogpt", "llama", "bert") for layout in LAYOUTS]
+CASES += [("resnet", "fsdp4"), ("resnet", "dp4"), ("resnet", "pp2xdp2"), ("lora", "pp2xdp2"), ("lora", "fsdp4")]
+OTHERS: dict[str, dict[str, Any]] = {
+    "dp4": {"dp_replicate": 4, "reshard": False},
+    "hsdp, reduced every microbatch": {"dp_replicate": 2, "dp_shard": 2, "gradient_sync": "every"},
+    "zero 2": {"dp_shard": 2, "reshard": False, "microbatches": 3},
+    "gpipe, full recompute": {"pp": 2, "dp_shard": 2, "schedule": "gpipe", "recompute": "full"},
+    "selective recompute": {"tp": 2, "pp": 2, "recompute": "selective"},
+    "all axes": {"tp": 2, "dp_replicate": 2, "recompute": "full"},
+}
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
 def test_gradients_equal_one_process(pool, model: str, layout: str) -> None:
-    plan = plan_of(model, **LAYOUTS[layout])
+    plan = plan_of(model, **{**OTHERS, **LAYOUTS}[layout], **SIZES.get(model, {}))
     check_gradients(plan, pool.run(run_plan, plan=plan), torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_gradients_of_other_layouts(pool, layout: str) -> None:
+    plan = plan_of("llama", **OTHERS[layout])
+    results = pool.run(run_plan, world=plan.mesh.world_size, plan=plan)
+    check_gradients(plan, results, torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("layout", ["tp2xpp2", "fsdp4"])
+def test_gradients_in_float32(pool, layout: str) -> None:
+    plan = plan_of("nanogpt", **LAYOUTS[layout])
+    check_gradients(plan, pool.run(run_plan, plan=plan, float64=False), torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
