@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .recorder import RawCall, RawOp, Recording
-from .signature import repeated_lists
 
 
 @dataclass(slots=True)
@@ -32,9 +31,8 @@ class ReplayInexact(Exception):
     """A replayed layer is not like the one that stands for it; the caller traces all layers."""
 
 
-def expandable(model: nn.Module) -> set[str]:
+def expandable(model: nn.Module, repeated: Mapping[str, Sequence[Sequence[nn.Module]]]) -> set[str]:
     """FQNs of modules that are looked into: lists, and whatever holds a list of repeated blocks."""
-    repeated = repeated_lists(model)
     members = {id(m) for groups in repeated.values() for group in groups for m in group}
     opened = {""}
     for fqn in repeated:
@@ -79,13 +77,13 @@ def _inside(rec: Recording, units: Sequence[int]) -> list[int]:
     return owner
 
 
-def build_chain(rec: Recording, model: nn.Module) -> list[Span]:
+def build_chain(rec: Recording, opened: set[str]) -> list[Span]:
     """Cut a recording into units.
 
     Operators run directly by a module that is looked into (glue) belong to the unit that follows them, those
     after the last unit to the last. A call without operators joins the next unit.
     """
-    units = _unit_calls(rec, expandable(model))
+    units = _unit_calls(rec, opened)
     owner = _inside(rec, units)
     spans: list[Span] = []
     start, waiting = 0, []

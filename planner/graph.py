@@ -16,7 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class Affine(NamedTuple):
@@ -226,3 +229,87 @@ class ModelGraph:
     traced_batches: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements of all distinct parameters."""
+        return sum(p.numel for p in self.parameters.values() if not p.is_buffer)
+
+    @property
+    def trainable_count(self) -> int:
+        """Elements of the distinct parameters that require a gradient."""
+        return sum(p.numel for p in self.parameters.values() if p.requires_grad and not p.is_buffer)
+
+    @property
+    def buffer_count(self) -> int:
+        """Elements of all buffers, non-persistent ones too."""
+        return sum(p.numel for p in self.parameters.values() if p.is_buffer)
+
+    @property
+    def flops_forward(self) -> Affine:
+        """FLOPs of the forward of the whole model (2 per multiply-add)."""
+        return self._sum("flops_forward")
+
+    @property
+    def flops_backward(self) -> Affine:
+        """FLOPs of the backward, without recomputation by the planner (attention kernels recompute scores)."""
+        return self._sum("flops_backward")
+
+    @property
+    def saved_bytes(self) -> Affine:
+        """Bytes kept from forward to backward, each storage once even where several units keep it."""
+        from .graph_view import saved_storages
+
+        total = Affine()
+        for size in saved_storages(self).values():
+            total += size
+        return total
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        """The operators of all units as a networkx graph (built anew at each access)."""
+        from .graph_view import to_networkx
+
+        return to_networkx(self)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of names, shapes, dtypes, operators and figures: equal for equal models, on one torch version."""
+        from .graph_view import content_hash
+
+        return content_hash(self)
+
+    def _sum(self, name: str) -> Affine:
+        total = Affine()
+        for unit in self.units:
+            total += getattr(self.classes[unit.class_index], name)
+        return total
+
+    def verify(self) -> ModelGraph:
+        """Check ids, edges and order.
+
+        Raises
+        ------
+        ValueError
+            Naming everything that is inconsistent.
+        """
+        from .graph_checks import problems
+
+        found = problems(self)
+        if found:
+            raise ValueError(f"inconsistent graph of {self.name}: " + "; ".join(found[:10]))
+        return self
+
+    def summary(self, batch: int) -> dict[str, Any]:
+        """Totals at microbatch size `batch`; `layers` counts units, `opaque` lists fqn, reason, flops_share."""
+        return {
+            "parameters": self.parameter_count,
+            "trainable_parameters": self.trainable_count,
+            "buffers": self.buffer_count,
+            "flops_forward": int(self.flops_forward.at(batch)),
+            "flops_backward": int(self.flops_backward.at(batch)),
+            "saved_bytes": int(self.saved_bytes.at(batch)),
+            "layers": len(self.units),
+            "classes": len(self.classes),
+            "opaque": [{"fqn": f, "reason": r, "flops_share": s} for f, r, s in self.opaque],
+        }

@@ -8,7 +8,7 @@ node. The chain then gives them the second's class.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .recorder import Recorder
-from .signature import repeated_lists
 
 _FEWEST = 4  # first two and last are real: with fewer members there is nothing between
 
@@ -76,18 +75,21 @@ class Replayer:
 
     Parameters
     ----------
-    model : nn.Module
+    repeated : mapping
+        What `repeated_lists` found.
     recorder : Recorder
     empty : callable
         ``empty(shape, stride, dtype)`` makes a fake tensor.
     """
 
-    def __init__(self, model: nn.Module, recorder: Recorder, empty: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, repeated: Mapping[str, Sequence[list[nn.Module]]], recorder: Recorder, empty: Callable[..., torch.Tensor]
+    ) -> None:
         self.recorder = recorder
         self.empty = empty
         self.replayed = 0
         self._groups: list[_Group] = []
-        for groups in repeated_lists(model).values():
+        for groups in repeated.values():
             for members in groups:
                 if len(members) >= _FEWEST and not any(_watched(m) for m in members):
                     self._groups.append(_Group(members))

@@ -21,12 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError
 from .affine import NotAffine, fit, merge
-from .chain import ReplayInexact, Span, build_chain, output_leaf, sources
+from .chain import ReplayInexact, Span, build_chain, expandable, output_leaf, sources
 from .fold import Folded, fold, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
+from .graph_view import absolute
 from .inputs import Inputs
 from .recorder import Recorder, Recording
 from .replay import Replayer
+from .signature import repeated_lists
 from .target import Target
 from .user_module import user_code
 
@@ -71,6 +73,7 @@ class _FakeModel:
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.model = model
+        self.repeated = repeated_lists(model)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.compute = torch.bfloat16 if precision == "bf16" else None
         made: dict[int, Any] = {}
@@ -86,7 +89,10 @@ class _FakeModel:
     def _replace(self, tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
         dtype = self.cast(tensor.dtype) if parameter else tensor.dtype
         new = self.empty(tensor.shape, tensor.stride(), dtype)
-        return nn.Parameter(new, requires_grad=tensor.requires_grad) if parameter else new
+        if parameter:  # nn.Parameter(new) would dispatch a detach; this is what it leaves behind
+            new._is_param = True
+            new.requires_grad_(tensor.requires_grad)
+        return new
 
     def cast(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a tensor of `dtype` computes in."""
@@ -94,10 +100,8 @@ class _FakeModel:
 
     def empty(self, shape: Any, stride: Any, dtype: torch.dtype) -> FakeTensor:
         """A fake tensor on the CPU."""
-        with self.mode:
-            made = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="cpu")
-        assert isinstance(made, FakeTensor)
-        return made
+        meta = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
+        return FakeTensor(self.mode, meta, torch.device("cpu"))
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake stand-in for a real input."""
@@ -141,7 +145,7 @@ def _run_once(
         recorder.storage_of(recorder.register(tensor, "parameter", name)).weight_like = True
     for name, tensor in model.named_buffers():
         recorder.register(tensor, "buffer", name)
-    replayer = Replayer(model, recorder, fake.empty)
+    replayer = Replayer(fake.repeated, recorder, fake.empty)
     attention = _Attention(recorder)
     with _random_state():
         inputs = target.example_inputs(model, batch, seq).map(fake.fake)
@@ -150,7 +154,7 @@ def _run_once(
             _forward_backward(recorder, replayer, attention, target, inputs, full)
     for parameter in model.parameters():
         parameter.grad = None
-    spans = build_chain(recorder.recording, model)
+    spans = build_chain(recorder.recording, expandable(model, fake.repeated))
     folded = fold(recorder.recording, spans, parameters)
     return _Run(recorder.recording, spans, folded, named, replayer.replayed, tuple(attention.dropout))
 
@@ -212,17 +216,6 @@ def _used_parameters(graph_units: Sequence[Unit], folded: Folded) -> set[str]:
         for p in folded.classes[unit.class_index].parameters:
             used.add(absolute(p.fqn, unit.fqn))
     return used
-
-
-def absolute(fqn: str, unit: str) -> str:
-    """The FQN of a name that is relative to `unit`: the inverse of `relative`.
-
-    >>> absolute("mlp.up.weight", "layers.3"), absolute("/wte.weight", "lm_head")
-    ('layers.3.mlp.up.weight', 'wte.weight')
-    """
-    if fqn.startswith("/"):
-        return fqn[1:]
-    return ".".join(part for part in (unit, fqn) if part)
 
 
 def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full: bool = False) -> ModelGraph:
@@ -317,5 +310,15 @@ def _model_inputs(runs: Sequence[_Run]) -> tuple[ModelInput, ...]:
 
 
 def _opaque(graph: ModelGraph, rec: Recording) -> tuple[tuple[str, str, float], ...]:
-    """Modules with operators that have no cost formula; their known FLOPs are zero."""
-    return tuple((fqn, reason, 0.0) for fqn, reason in rec.opaque.items())
+    """(FQN, reason, share of the model's forward FLOPs) of modules with operators that have no cost formula."""
+    total = graph.flops_forward.at(1)
+    found = []
+    for fqn, reason in rec.opaque.items():
+        inside = 0.0
+        for unit in graph.units:
+            for op in graph.classes[unit.class_index].ops:
+                name = absolute(op.fqn, unit.fqn)
+                if name == fqn or name.startswith(fqn + "."):
+                    inside += op.forward.flops.at(1)
+        found.append((fqn, reason, inside / total if total else 0.0))
+    return tuple(found)
