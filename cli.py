@@ -181,14 +181,14 @@ def trace(target: str, model_args: tuple[str, ...], inputs: tuple[str, ...], seq
     """Show the graph of TARGET: units, classes, parameters, FLOPs and bytes saved for backward."""
     with progress(format_ == "text") as (say, _):
         say("trace", f"tracing {target}")
-        from .planner.summary import layer_table, summary
+        from .planner.graph_view import layer_table
         from .planner.target import load_target
         from .planner.trace import trace as trace_target
 
         loaded = load_target(target, model_args=parse_model_args(model_args), inputs=inputs, precision=precision)
         length = seq_len or loaded.default_sequence_length()
         graph = trace_target(loaded, sequence_length=length, precision=precision, full=full)
-    totals = summary(graph, batch_size)
+    totals = graph.summary(batch_size)
     if format_ == "json":
         import json
 
@@ -270,7 +270,7 @@ class progress:
             from .units import format_seconds
 
             best = format_seconds(event.incumbent_s) if event.incumbent_s < float("inf") else "none yet"
-            bound = format_seconds(event.lower_bound_s)
+            bound = format_seconds(event.bound_s)
             self.status.update(
                 f"searching: best {best}, bound {bound}, gap {event.gap:.1%}, {event.done}/{event.total} meshes"
             )

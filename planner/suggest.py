@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import InfeasibleError, UsageError
@@ -131,14 +132,15 @@ def suggest_in_detail(
     say("search", f"searching {len(meshes)} meshes")
     clock.lap("costs")
     result = search(
-        [Candidate(mesh, lambda mesh=mesh: model.problem(mesh)) for mesh in meshes],
+        [Candidate(astuple(mesh), partial(model.problem, mesh)) for mesh in meshes],
         gap=gap,
         time_limit_s=time_limit_s,
         on_progress=on_progress,
     )
     clock.lap("search")
-    if result.assignment is None or result.evaluation is None:
+    if result.best is None:
         raise no_plan(model, result)
+    best = result.best
     fields = {
         "tpplan_version": _tpplan_version(),
         "torch_version": _torch_version(),
@@ -156,7 +158,7 @@ def suggest_in_detail(
         "assumptions": assumptions(request, profile, why, seq_len, global_batch, memory_limit_gib),
         "notes": list(graph.notes) + notes(graph, sharding, loaded.loss_weighting),
     }
-    plan = build_plan(model, result.key, result.assignment, result.evaluation, fields)
+    plan = build_plan(model, Mesh(*best.key), best.assignment, best.evaluation, fields)
     clock.lap("plan")
     return Suggestion(plan, graph, sharding, profile, request, result, clock.seconds)
 
@@ -237,7 +239,9 @@ def no_plan(model: CostModel, result: SearchResult) -> Exception:
             f"No plan was found within {request.time_limit_s} s.",
             "Give more time with --time-limit, or pin axes with --fix.",
         )
-    mesh = result.key
+    if not result.shortfall_key:
+        return InfeasibleError("No candidate has enough legal cuts for its stages.", "Use fewer stages: --fix pp=1.")
+    mesh = Mesh(*result.shortfall_key)
     short = result.shortfall_bytes * (1 + model.device.reserve_fraction)
     return InfeasibleError(
         f"Nothing fits: the best layout ({mesh.describe()}, microbatch {mesh.microbatch_size}) lacks "
@@ -250,13 +254,12 @@ def no_plan(model: CostModel, result: SearchResult) -> Exception:
 
 def solver_section(model: CostModel, result: SearchResult, wall_s: float) -> SolverSection:
     """The certificate of the search."""
-    evaluation = result.evaluation
-    assert evaluation is not None
+    assert result.best is not None
     import highspy
 
     return SolverSection(
         status="optimal" if result.gap <= model.request.gap else "feasible",
-        objective_s=evaluation.step_time_s,
+        objective_s=result.best.evaluation.step_time_s,
         lower_bound_s=result.lower_bound_s,
         gap=result.gap,
         wall_s=wall_s,

@@ -65,7 +65,7 @@ def _heading(plan: Plan) -> Text:
     text.append("Plan: ", style="bold")
     text.append(mesh_text(plan.mesh), style="bold green")
     b = plan.batch
-    text.append(f", {b.microbatches} microbatches of {b.microbatch_size} per replica")
+    text.append(f", {b.microbatches} microbatch{'es' if b.microbatches > 1 else ''} of {b.microbatch_size} per replica")
     if plan.mesh.pipeline_parallel_degree > 1:
         text.append(f", schedule {plan.schedule.name}")
     if plan.mesh.data_parallel_shard_degree > 1:
@@ -166,10 +166,9 @@ def trace_table(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], t
     ):  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(
-            str(row["unit"]), str(row["count"]), format_count(row["parameters"]), format_count(row["flops_forward"]),
-            format_count(row["flops_backward"]), format_bytes(row["saved_bytes"]),
-        )  # fmt: skip
+        cells = [format_count(row[name]) for name in ("parameters", "flops_forward", "flops_backward")]
+        unit = f"{row['first']} ({row['module']})"
+        table.add_row(unit, str(row["count"]), *cells, format_bytes(row["saved_bytes"]))
     table.add_section()
     table.add_row(
         "total", str(summary["layers"]), format_count(summary["parameters"]), format_count(summary["flops_forward"]),
