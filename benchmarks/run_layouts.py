@@ -108,7 +108,8 @@ def report(layout: str, plan: dict, steps: list[dict], code: int, text: str) -> 
     memory = max(s["peak_memory_bytes"] for s in steps) / 2**30
     predicted, expected = plan["predicted"]["step_time_s"], max(plan["predicted"]["peak_memory_bytes"]) / 2**30
     print(
-        f"{head}: step {predicted * 1e3:.0f} ms predicted, {measured * 1e3:.0f} measured ({predicted / measured - 1:+.1%}); "
+        f"{head}: step {predicted * 1e3:.0f} ms predicted, {measured * 1e3:.0f} measured "
+        f"({predicted / measured - 1:+.1%}); "
         f"peak {expected:.1f} GiB predicted, {memory:.1f} measured ({expected / memory - 1:+.1%}); "
         f"loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}; exit {code}",
         flush=True,
