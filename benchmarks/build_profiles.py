@@ -151,28 +151,25 @@ def attention_section(rows: list[list[float]], source: str) -> Json:
 
 
 def memory_curve(folder: Path, ops: tuple[str, ...]) -> list[list[float]]:
-    """Seconds of element-wise kernels by bytes moved: median over the operators, made monotone."""
+    """Seconds of element-wise kernels by bytes moved: median over the operators, without outliers."""
     table = pd.read_csv(folder / "memory_bound.csv")
     table = table[table.op.isin(ops)]
     medians = table.groupby("bytes").us.median() * 1e-6
-    points: list[list[float]] = []
-    for n_bytes, seconds in sorted(medians.items(), reverse=True):
-        if not points or seconds < points[-1][1]:
-            points.append([int(n_bytes), rounded(seconds)])
-    return points[::-1]
+    points = sorted((int(n_bytes), float(seconds)) for n_bytes, seconds in medians.items())
+    return [[n_bytes, rounded(seconds)] for n_bytes, seconds in busbw_kept(points, dip=0.95)]
 
 
 # ---------------------------------------------------------------------------------------------- collectives
 
 
-def busbw_kept(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Points without outliers: a larger message may not be faster, nor bandwidth dip below 0.8 of both neighbours."""
+def busbw_kept(points: list[tuple[int, float]], dip: float = 0.8) -> list[tuple[int, float]]:
+    """Points without outliers: a larger message may not be faster, nor bandwidth be under `dip` of both neighbours."""
     kept = []
     for i, (n_bytes, seconds) in enumerate(points):
         rate = n_bytes / seconds
         around = [points[j][0] / points[j][1] for j in (i - 1, i + 1) if 0 <= j < len(points)]
         later = [t for _, t in points[i + 1 :]]
-        if any(t <= seconds for t in later) or (len(around) == 2 and rate < 0.8 * min(around)):
+        if any(t <= seconds for t in later) or (len(around) == 2 and rate < dip * min(around)):
             continue
         kept.append((n_bytes, seconds))
     return kept
@@ -226,9 +223,10 @@ def nvlink(h100: Path, h200: Path | None) -> dict[str, Json]:
 
 
 def fitted_collectives(path: Path, system: str) -> dict[str, Json]:
-    """launch, step and bandwidth of each collective, least squares of relative error over 2, 4 and 8 GPUs.
+    """Rows of a law fitted to 2, 4 and 8 GPUs: t = launch + step * steps + root * sqrt(wire) + wire / bandwidth.
 
-    The table counts messages in elements of 2 bytes, of one rank's part for all_gather: only fits leave it.
+    Least squares of the relative error; the square root takes the slow climb to full bandwidth. The table counts
+    messages in elements of 2 bytes: only the fit leaves it.
     """
     table = pd.read_csv(path)
     table = table[table.sys == system]
@@ -240,23 +238,32 @@ def fitted_collectives(path: Path, system: str) -> dict[str, Json]:
     }
     sections = {}
     for theirs, op in names.items():
-        rows = table[table.op_name == theirs]
-        size = rows.num_gpus.to_numpy(float)
-        n_bytes = 2.0 * rows.message_size.to_numpy(float)
-        wire = n_bytes * (size - 1) / size * (2 if op == "all_reduce" else 1)
-        steps = 2 * np.ceil(np.log2(size)) if op == "all_reduce" else size - 1
-        seconds = rows.latency.to_numpy(float) * 1e-3
-        design = np.stack([np.ones_like(wire), steps, wire], axis=1) / seconds[:, None]
-        launch, step, inverse = np.linalg.lstsq(design, np.ones_like(seconds), rcond=None)[0]
+        measured = table[table.op_name == theirs]
+        seconds = measured.latency.to_numpy(float) * 1e-3
+        design = collective_terms(op, measured.num_gpus.to_numpy(float), 2.0 * measured.message_size.to_numpy(float))
+        law = np.linalg.lstsq(design / seconds[:, None], np.ones_like(seconds), rcond=None)[0]
+        error = float(np.median(np.abs(design @ law / seconds - 1)))
+        rows = []
+        for size in (2, 4, 8):
+            n_bytes = 4.0 ** np.arange(6, 16)
+            fitted = collective_terms(op, np.full_like(n_bytes, size), n_bytes) @ law
+            rows += [[size, int(x), rounded(float(t), 4)] for x, t in zip(n_bytes, fitted, strict=True)]
         sections[op] = {
-            "source": f"least squares on {PUBLISHED}, NCCL 2.27.3, 2, 4 and 8 GPUs",
+            "source": f"rows of a law fitted to {PUBLISHED}, NCCL 2.27.3, 2, 4 and 8 GPUs (median error {error:.0%})",
             "evidence": "fitted",
-            "launch_s": rounded(max(launch, 0.0), 3),
-            "step_s": rounded(max(step, 0.0), 3),
-            "bandwidth_bytes_per_s": rounded(1 / inverse, 4),
-            "rows": [],
+            "launch_s": rounded(max(float(law[0]), 0.0), 3),
+            "step_s": rounded(max(float(law[1]), 0.0), 3),
+            "bandwidth_bytes_per_s": rounded(float(1 / law[3]), 4),
+            "rows": rows,
         }
     return sections
+
+
+def collective_terms(op: str, size: np.ndarray, n_bytes: np.ndarray) -> np.ndarray:
+    """Columns 1, steps, sqrt(wire bytes), wire bytes of the law of a collective."""
+    wire = n_bytes * (size - 1) / size * (2 if op == "all_reduce" else 1)
+    steps = 2 * np.ceil(np.log2(size)) if op == "all_reduce" else size - 1
+    return np.stack([np.ones_like(wire), steps, np.sqrt(wire), wire], axis=1)
 
 
 def network(rate: float, text: str) -> Json:
