@@ -7,8 +7,11 @@ in kSolveError.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import highspy
 import pulp
@@ -30,17 +33,26 @@ class Outcome:
     has_pick: bool
 
 
-class _Highs(pulp.HiGHS):
-    """PuLP's HiGHS, told to keep what it found when it stops early."""
+def _run_interruptibly(highs: Any) -> None:
+    """Run HiGHS so that Ctrl-C stops it soon instead of after the solve, and is raised then."""
+    if threading.current_thread() is not threading.main_thread():
+        highs.run()
+        return
+    pressed = []
 
-    def actualSolve(self, lp: pulp.LpProblem, callback: object = None) -> int:
-        self.createAndConfigureSolver(lp)
-        self.buildSolverModel(lp)
-        self.callSolver(lp)
-        solver = lp.solverModel
-        if len(solver.getSolution().col_value) == len(lp.variables()):
-            self.findSolutionValues(lp)
-        return pulp.LpStatusNotSolved
+    def stop(*_: object) -> None:
+        pressed.append(True)
+        highs.cancelSolve()
+
+    # HiGHS asks this flag from time to time, through Python: that is when the handler gets its turn.
+    highs.HandleUserInterrupt = True
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        highs.run()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def run_highs(
@@ -57,7 +69,7 @@ def run_highs(
     time_limit_s : float, optional
         Limit of this call [s].
     """
-    solver = _Highs(
+    solver: Any = pulp.HiGHS(
         mip=not relax,
         msg=False,
         threads=1,
@@ -66,12 +78,20 @@ def run_highs(
         timeLimit=time_limit_s,
         mip_feasibility_tolerance=1e-7,
     )
-    model.solve(solver)
-    highs = model.solverModel
+    solver.createAndConfigureSolver(model)
+    solver.buildSolverModel(model)
+    highs: Any = model.solverModel
+    if relax:
+        highs.run()
+    else:
+        _run_interruptibly(highs)
     status, info = highs.getModelStatus(), highs.getInfo()
     if status in (STATUS.kInfeasible, STATUS.kUnboundedOrInfeasible):
         return Outcome("infeasible", float("inf"), False)
     has_pick = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    if has_pick:
+        for variable, value in zip(model.variables(), highs.getSolution().col_value, strict=True):
+            variable.varValue = value
     if relax:
         done = status == STATUS.kOptimal
         return Outcome("optimal" if done else "error", highs.getObjectiveValue() if done else -1e300, has_pick)
@@ -91,7 +111,8 @@ def run_cbc(
     if status == pulp.LpStatusInfeasible:
         return Outcome("infeasible", float("inf"), False)
     if status == pulp.LpStatusOptimal and model.sol_status == pulp.LpSolutionOptimal:
-        return Outcome("optimal", float(pulp.value(model.objective)), True)
+        value: Any = pulp.value(model.objective)
+        return Outcome("optimal", float(value), True)
     if status == pulp.LpStatusOptimal:
         return Outcome("limit", -1e300, True)
     return Outcome("error", -1e300, False)

@@ -270,7 +270,7 @@ def _held(v: _Variables, s: int, r: int, run: Run) -> Iterator[tuple[int, Choice
 
 def transient_rows(
     runs: tuple[Run, ...], v: _Variables, s: int, scale: Scale
-) -> tuple[float, list[tuple[pulp.LpVariable | int, float]], list[Row]]:
+) -> tuple[float, list[tuple[pulp.LpVariable, float]], list[Row]]:
     """The stage's largest transient as lowest + sum_k (t_k - t_k-1) y[s, k].
 
     The lowest is what layers that the stage surely holds need at least. Returns it, the terms of the sum, and the

@@ -192,7 +192,7 @@ class _Rounds:
                 return self.ended()
             times = self.programme.stage_times()
             timeline = simulate(self.problem.schedule, times, self.problem.microbatches)
-            model_s = self.programme.step.value() / self.programme.scale.time
+            model_s = (self.programme.step.value() or 0.0) / self.programme.scale.time
             if timeline.step_time_s <= model_s * (1 + 1e-4) or not self.add_path(timeline.critical_path):
                 return None
         return None
