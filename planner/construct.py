@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+_LAZY = (UninitializedBuffer, UninitializedParameter)
 
 
 def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Exception | None]:
@@ -44,8 +46,7 @@ def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Exception |
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy of `model` with parameters and buffers on meta; their values are not copied on the way."""
     memo: dict[int, object] = {id(p): _parameter_on_meta(p) for p in model.parameters() if not _stays(p)}
-    lazy = UninitializedTensorMixin
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers() if not isinstance(b, lazy)}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers() if not isinstance(b, _LAZY)}
     return copy.deepcopy(model, memo)
 
 
@@ -75,11 +76,11 @@ def parameters_on_meta() -> Iterator[None]:
 def lazy_parameters(model: nn.Module) -> list[str]:
     """Names of parameters and buffers whose shape only a first forward decides (nn.LazyLinear and kin)."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [name for name, tensor in named if isinstance(tensor, UninitializedTensorMixin)]
+    return [name for name, tensor in named if isinstance(tensor, _LAZY)]
 
 
 def _stays(param: nn.Parameter) -> bool:
-    return isinstance(param, UninitializedTensorMixin) or param.device.type == "meta"
+    return isinstance(param, _LAZY) or param.device.type == "meta"
 
 
 def _parameter_on_meta(param: nn.Parameter) -> nn.Parameter:

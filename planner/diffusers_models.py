@@ -47,7 +47,7 @@ def constructor(data: Mapping[str, Any], path: Path, overrides: Mapping[str, Any
             f"{name} has no setting {unknown[0]!r}.",
             did_you_mean(unknown[0], list(data)) or "--model-arg changes settings of the config.",
         )
-    return lambda: model_class.from_config({**data, **overrides})
+    return lambda: model_class.from_config({**data, **overrides})  # type: ignore[attr-defined]
 
 
 def dummy_inputs(model: nn.Module, batch: int, seq: int) -> Inputs:

@@ -80,7 +80,7 @@ def _looks_like_images(model: nn.Module) -> bool:
 
 def _longest_sequence(model: nn.Module) -> tuple[str, int] | None:
     """Name and value of the model's own limit on its sequence length."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for owner in (text, config, model, getattr(model, "cfg", None), getattr(model, "args", None)):
         for name in _LENGTH_NAMES:
