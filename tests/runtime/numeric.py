@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from tpplan.planner.inputs import Inputs
 from tpplan.planner.plan import Plan
 from tpplan.planner.target import Target, load_target
@@ -16,15 +17,27 @@ SEED = 5
 IGNORED = {"labels": -100, "targets": -1}
 
 
-class KeepFloat64(TorchFunctionMode):
-    """Models that ask for float32 in their norms and losses (Llama) keep float64 tensors as they are."""
+@contextmanager
+def keep_float64() -> Iterator[None]:
+    """Models that ask for float32 in their norms and losses (Llama) keep float64 tensors as they are.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.float, torch.Tensor.to) and args[0].dtype is torch.float64:
-            if func is torch.Tensor.float:
-                return args[0]
+    The methods are replaced, as a torch function mode is not active in a recomputed forward.
+    """
+    plain_float, plain_to = torch.Tensor.float, torch.Tensor.to
+
+    def to_float(self: torch.Tensor) -> torch.Tensor:
+        return self if self.dtype is torch.float64 else plain_float(self)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.dtype is torch.float64:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        return func(*args, **(kwargs or {}))
+        return plain_to(self, *args, **kwargs)
+
+    torch.Tensor.float, torch.Tensor.to = to_float, to
+    try:
+        yield
+    finally:
+        torch.Tensor.float, torch.Tensor.to = plain_float, plain_to
 
 
 def target_of(plan: Plan) -> Target:
@@ -66,7 +79,7 @@ def reference(plan: Plan, dtype: torch.dtype) -> tuple[float, dict[str, torch.Te
     for inputs in batch:
         inputs = inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         extra = target.forward_kwargs(items) if items is not None else {}
-        with KeepFloat64():
+        with keep_float64():
             loss = target.loss(model(*inputs.args, **inputs.kwargs, **extra), inputs, items)
         loss = loss if tokens else loss / count
         loss.backward()
@@ -82,7 +95,7 @@ def run_plan(rank: int, world: int, plan: Plan, float64: bool = True) -> dict[st
 
     parallel = parallelize(target_of(plan), plan, device="cpu", seed=SEED, float64=float64)
     batch = batch_of(parallel.samples, plan, parallel.mesh.replica, parallel.mesh.replicas)
-    with KeepFloat64():
+    with keep_float64():
         parallel.forward_backward(batch)
     result = parallel._totals()
     grads = {
