@@ -193,6 +193,7 @@ class Unit:
     wire: tuple[tuple[int, int], ...] = ()
     modules: tuple[str, ...] = ()
     output_leaves: tuple[tuple[str, int, int], ...] = ()
+    shared_saved: tuple[tuple[int, Affine], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +259,10 @@ class ModelGraph:
     @property
     def saved_bytes(self) -> Affine:
         """Bytes kept from forward to backward, each storage once even where several units keep it."""
-        from .graph_view import saved_storages
-
-        total = Affine()
-        for size in saved_storages(self).values():
-            total += size
+        total = self._sum("saved_bytes")
+        for unit in self.units:
+            for _, shared in unit.shared_saved:
+                total += shared.scaled(-1)
         return total
 
     @property

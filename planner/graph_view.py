@@ -34,13 +34,20 @@ def nbytes(tensor: Tensor) -> Affine:
     return Affine(base, per_sample)
 
 
-def saved_storages(graph: ModelGraph) -> dict[tuple[Any, ...], Affine]:
-    """Each storage that backward needs, by the unit that made it, with its bytes."""
-    found: dict[tuple[Any, ...], Affine] = {}
+def shared_saved(graph: ModelGraph) -> list[tuple[tuple[int, Affine], ...]]:
+    """For each unit, the bytes it keeps for backward that an earlier unit keeps too, by the nearest such unit."""
+    keeper: dict[tuple[Any, ...], int] = {}
+    found = []
     for unit in graph.units:
         cls = graph.classes[unit.class_index]
+        shared: dict[int, Affine] = {}
         for tensor in cls.saved:
-            found[_owner(graph, unit.position, tensor)] = cls.tensors[tensor].storage_bytes
+            owner = _owner(graph, unit.position, tensor)
+            if owner in keeper:
+                before = keeper[owner]
+                shared[before] = shared.get(before, Affine()) + cls.tensors[tensor].storage_bytes
+            keeper[owner] = unit.position
+        found.append(tuple(sorted(shared.items())))
     return found
 
 

@@ -24,7 +24,7 @@ from .affine import NotAffine, fit, merge
 from .chain import ReplayInexact, Span, build_chain, expandable, output_leaf, sources
 from .fold import Folded, fold, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
-from .graph_view import absolute
+from .graph_view import absolute, shared_saved
 from .inputs import Inputs
 from .recorder import Recorder, Recording
 from .replay import Replayer
@@ -291,7 +291,9 @@ def _assemble(
         traced_batches=BATCHES,
         notes=(*target.notes, *notes),
     )
-    return replace(graph, opaque=_opaque(graph, first.recording))
+    shared = zip(units, shared_saved(graph), strict=True)
+    units = tuple(replace(unit, shared_saved=kept) for unit, kept in shared)
+    return replace(graph, units=units, opaque=_opaque(graph, first.recording))
 
 
 def _model_inputs(runs: Sequence[_Run]) -> tuple[ModelInput, ...]:
