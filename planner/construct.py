@@ -11,36 +11,47 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ..errors import TpplanError
+from .blame import describe
+
 _LAZY = (UninitializedBuffer, UninitializedParameter)
 
 
-def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Exception | None]:
+def build_on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, str]:
     """The module that `make` constructs, with its parameters on the meta device.
 
-    First under ``torch.device("meta")``, where buffers are meta too. If that raises, a second time for real
-    with every parameter sent to meta as it is registered, so that only one is ever in memory.
+    First under ``torch.device("meta")``, where buffers are meta too. If that raises, for real with every
+    parameter sent to meta as it is registered, so that only one is ever in memory. If that raises too (the
+    constructor looks at its weights), for real, and copied to meta afterwards.
 
     Returns
     -------
     module : nn.Module
-    refusal : Exception or None
-        Why the construction on meta failed, if it did.
+    note : str
+        For the user, which of these it was; "" for the first.
 
     Raises
     ------
     Exception
-        What `make` raises the second time.
+        What `make` raises the last time.
     """
     try:
         with torch.device("meta"):
-            model = make()
-        refusal = None
+            return _all_on_meta(make()), ""
+    except TpplanError:
+        raise
     except Exception as error:
-        refusal = error
+        why = f"The constructor fails on the meta device ({describe(error)}); it ran for real"
+    try:
         with parameters_on_meta():
-            model = make()
-    # what was built before, or put in place without registration: copied, the user's own object stays real
-    return (model if all(_stays(p) for p in model.parameters()) else meta_copy(model)), refusal
+            return _all_on_meta(make()), f"{why} with only the parameters on meta."
+    except Exception:
+        return meta_copy(make()), f"{why}, with the whole model in memory for a moment."
+
+
+def _all_on_meta(model: nn.Module) -> nn.Module:
+    """`model`, or a copy if some of it is real: what was built earlier is the user's own and stays as it is."""
+    return model if all(_stays(p) for p in model.parameters()) else meta_copy(model)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

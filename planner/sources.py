@@ -15,7 +15,6 @@ from torch import nn
 from ..errors import TargetError
 from . import diffusers_models, huggingface
 from .arguments import bind_arguments
-from .blame import describe
 from .construct import build_on_meta, meta_copy
 from .locate import Location, read_config
 from .user_module import execute, find_model, user_code
@@ -109,14 +108,9 @@ def _from_config(location: Location, arguments: Mapping[str, Any]) -> Source:
 
 
 def _on_meta(make: Callable[[], nn.Module], notes: list[str]) -> nn.Module:
-    model, refusal = build_on_meta(make)
-    if refusal is not None:
-        note = (
-            "The constructor fails on the meta device; it ran for real with only the parameters on meta "
-            f"({describe(refusal)})."
-        )
-        if note not in notes:
-            notes.append(note)
+    model, note = build_on_meta(make)
+    if note and note not in notes:
+        notes.append(note)
     return model
 
 

@@ -194,10 +194,29 @@ def test_a_constructor_that_refuses_meta_holds_one_parameter_at_a_time() -> None
             float(torch.zeros(()))  # refuses meta
             self.weights = nn.ParameterList(parameters())
 
-    model, refusal = build_on_meta(Heavy)
-    assert refusal is not None
+    model, note = build_on_meta(Heavy)
+    assert "only the parameters on meta" in note
     assert sum(p.numel() for p in model.parameters()) == 192 * 2**20
     assert max(resident_bytes) - resident_bytes[0] < 128 * 2**20  # of 768 MiB
+
+
+def test_a_constructor_that_looks_at_its_weights_is_copied_to_meta(write) -> None:
+    spec = write(
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = nn.Linear(4, 4)
+                self.b = self.a
+                if self.a.weight.abs().max().item() > 10:
+                    raise ValueError
+        """
+    )
+    target = load_target(spec)
+    model = target.build("meta")
+    assert all(p.is_meta for p in model.parameters())
+    assert model.a is model.b
+    assert "whole model in memory" in target.notes[0]
 
 
 def test_what_a_factory_keeps_stays_real(write) -> None:
