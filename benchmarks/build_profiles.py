@@ -159,6 +159,36 @@ def memory_curve(folder: Path, ops: tuple[str, ...]) -> list[list[float]]:
     return [[n_bytes, rounded(seconds)] for n_bytes, seconds in busbw_kept(points, dip=0.95)]
 
 
+def operator_efficiencies(system: str, source: str, evidence: str) -> Json:
+    """Rates of norms, softmax and casts over the element-wise curve: medians above 20 MB.
+
+    native_layer_norm 4 B and its backward 8 B an element; cross entropy = cast, _log_softmax, its backward, cast;
+    batch norm from the time of all norms of a ResNet-50 step (batch 1024, NCHW) at 2 passes forward and 3 backward.
+    """
+    h100 = system == "h100-sxm"
+    norms = f"{source}; against copy, add and silu of as many bytes"
+    losses = f"{source}; cross entropy on 32k and 128k vocabularies, less its casts"
+    batch = f"kernels of normalisation of ResNet-50 steps, NCHW, {TRAINING}"
+    values = {
+        "native_layer_norm": (0.62, norms),
+        "native_layer_norm_backward": (0.46, norms),
+        "_fused_rms_norm": (0.82, norms),
+        "_fused_rms_norm_backward": (0.5, norms),
+        "gelu": (0.77, norms),
+        "gelu_backward": (0.76, norms),
+        "native_dropout": (0.78, norms),
+        "native_dropout_backward": (0.78, norms),
+        "_to_copy.float32": (0.65 if h100 else 0.5, norms),
+        "_log_softmax": (0.5, losses),
+        "_log_softmax_backward_data": (0.7, losses),
+        "_softmax": (0.5, losses),
+        "_softmax_backward_data": (0.7, losses),
+        "native_batch_norm": (0.16 if h100 else 0.115, batch),
+        "native_batch_norm_backward": (0.16 if h100 else 0.115, batch),
+    }
+    return {name: figure(value, text, evidence) for name, (value, text) in values.items()}
+
+
 # ---------------------------------------------------------------------------------------------- collectives
 
 
@@ -442,6 +472,7 @@ def h100_profile(h100: Path) -> Json:
                 "evidence": "measured",
                 "rows": memory_curve(h100, ops),
             },
+            "operator_efficiency": operator_efficiencies("h100-sxm", f"{H100} and {H200}", "fitted"),
             "kernel_floor_s": figure(
                 3.98e-6, f"{H100}; tiny kernel in a filled eager stream (1.02 us inside a CUDA graph)", "measured"
             ),
@@ -498,6 +529,7 @@ def h200_profile(h100: Path, h200: Path) -> Json:
             "evidence": "measured",
             "rows": memory_curve(h200, ops),
         },
+        operator_efficiency=operator_efficiencies("h200-sxm", H200, "fitted"),
         gemm=gemm_section(h200, 989.4e12, H200, 664e12, merge=h100),
         attention=attention_section(sorted(rows.values()), f"{H200}; shapes not run there from the H100 ({H100})"),
         convolution=convolution_section(1.0, H200, "measured"),
@@ -548,6 +580,7 @@ def a100_profile(h100: Path, nccl: Path, bins: Path) -> Json:
                 "evidence": "fitted",
                 "rows": curve,
             },
+            "operator_efficiency": operator_efficiencies("h100-sxm", f"as the H100: {H100}", "assumed"),
             "kernel_floor_s": figure(4e-6, f"as the H100 ({H100})", "assumed"),
             "gemm": {
                 "dtype": "bfloat16",

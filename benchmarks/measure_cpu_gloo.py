@@ -137,6 +137,36 @@ def optimizer_rates() -> tuple[float, float, float]:
     return 28 * n / seconds[0], seconds[1], 12 * n / clip
 
 
+def operator_efficiencies(add_s: Callable[[float], float], source: str) -> Json:
+    """Norms, softmax, activations and their backward against out = a + b of as many bytes (float32)."""
+    x = torch.randn(512, 768, requires_grad=True)
+    pixels = torch.randn(8, 64, 28, 28, requires_grad=True)
+    scale, shift = torch.ones(768, requires_grad=True), torch.zeros(768, requires_grad=True)
+    gain, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
+    cases: dict[str, tuple[Callable[[], torch.Tensor], tuple[torch.Tensor, ...], str]] = {
+        "native_layer_norm": (lambda: functional.layer_norm(x, (768,), scale, shift), (x, scale, shift), "_backward"),
+        "gelu": (lambda: functional.gelu(x), (x,), "_backward"),
+        "silu": (lambda: functional.silu(x), (x,), "_backward"),
+        "_softmax": (lambda: functional.softmax(x, -1), (x,), "_backward_data"),
+        "_log_softmax": (lambda: functional.log_softmax(x, -1), (x,), "_backward_data"),
+        "native_batch_norm": (
+            lambda: functional.batch_norm(pixels, None, None, gain, bias, training=True),
+            (pixels, gain, bias),
+            "_backward",
+        ),
+    }
+    found = {}
+    for name, (run, wanted, suffix) in cases.items():
+        moved = 4 * wanted[0].numel()
+        grad = torch.randn_like(wanted[0])
+        forward = best_s(run)
+        both = best_s(lambda run=run, wanted=wanted, grad=grad: torch.autograd.grad(run(), wanted, grad))
+        found[name] = add_s(2 * moved) / forward
+        found[name + suffix] = add_s(3 * moved) / max(both - forward, 1e-9)
+    text = f"{source}; against out = a + b of as many bytes"
+    return {name: figure(rounded(value, 3), text, "measured") for name, value in found.items()}
+
+
 def embedding_efficiencies(add_s: Callable[[float], float]) -> tuple[float, float]:
     """Lookup of 4096 rows of 256, and its dense gradient for 8192 rows, against an element-wise kernel."""
     weight = torch.randn(8192, 256, requires_grad=True)
@@ -283,6 +313,7 @@ def build() -> Json:
             },
             "memory_bandwidth_bytes_per_s": measured(bandwidth, "largest rate of out = a + b, caches included"),
             "memory_time_s": {"source": f"{source}; out = a + b, float32", "evidence": "measured", "rows": memory},
+            "operator_efficiency": operator_efficiencies(add_s, source),
             "kernel_floor_s": measured(host, "a training step of 50 tiny layers over its kernels"),
             "gemm": {
                 "dtype": "float32",

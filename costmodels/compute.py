@@ -34,6 +34,7 @@ def kernel_s(
     *,
     fused: bool = False,
     sustained: bool = False,
+    name: str = "",
 ) -> float:
     """Seconds of one kernel: the larger of its compute time and its memory time, never their sum.
 
@@ -44,7 +45,8 @@ def kernel_s(
         are no multiple of 8 leave the fast kernels and are capped.
     attention : the same on (batch x heads, lengths, head size, mask, grouping); causal counts as half the FLOPs,
         backward as 2.5 times the forward.
-    conv : FLOP/s by arithmetic intensity. embedding, memory : the curve of element-wise kernels by bytes.
+    conv : FLOP/s by arithmetic intensity. embedding, memory : the curve of element-wise kernels by bytes, divided
+        by the measured efficiency of the operator where the profile knows it by `name` (norms, softmax, casts).
     free : 0 (a view).
 
     Another dtype than the table's takes the compute time times the ratio of the dense peaks.
@@ -61,6 +63,7 @@ def kernel_s(
     fused : under torch.compile, where memory-bound kernels are merged: their time is multiplied by the profile's
         fitted `fused_factor`, and the floor of an eager stream does not apply.
     sustained : cap matrix products at the rate the power limit allows for long (docs/hardware-profiles.md).
+    name : the aten operator ("aten.native_layer_norm.default"), for kernels of kind memory.
 
     Returns
     -------
@@ -87,7 +90,7 @@ def kernel_s(
     if kind == "free":
         return 0.0
     if kind in ("memory", "embedding"):
-        return device.slowdown * _memory_s(kind, bytes_moved, wrt, device, fused)
+        return device.slowdown * _memory_s(kind, bytes_moved, dtype, wrt, device, fused, name)
     if kind == "gemm":
         compute = _gemm_s(flops, dims, dtype, wrt, device, sustained)
     elif kind == "attention":
@@ -251,13 +254,29 @@ def _convolution_s(flops: float, bytes_moved: float, dtype: str, wrt: str, devic
     return flops / curve.at(intensity) * ratio
 
 
-def _memory_s(kind: str, bytes_moved: float, wrt: str, device: DeviceModel, fused: bool) -> float:
+def _memory_s(
+    kind: str, bytes_moved: float, dtype: str, wrt: str, device: DeviceModel, fused: bool, name: str
+) -> float:
     if bytes_moved <= 0:
         return 0.0
     if kind == "embedding":
         forward = wrt == "forward"
         efficiency = device.embedding_forward_efficiency if forward else device.embedding_backward_efficiency
         return max(device.memory_time.at(bytes_moved) / efficiency, device.kernel_floor_s)
-    if fused:
-        return device.fused_factor * device.memory_time.at(bytes_moved)
-    return max(device.memory_time.at(bytes_moved), device.kernel_floor_s)
+    seconds = device.memory_time.at(bytes_moved) / operator_efficiency(name, dtype, device)
+    # A fused kernel has no launch of its own to wait for.
+    return device.fused_factor * seconds if fused else max(seconds, device.kernel_floor_s)
+
+
+def operator_efficiency(name: str, dtype: str, device: DeviceModel) -> float:
+    """Rate of a memory-bound operator over that of an element-wise kernel of as many bytes; 1 if not measured.
+
+    >>> from ..hardware_profiles import load_profile
+    >>> operator_efficiency("aten.native_layer_norm.default", "bfloat16", load_profile("h200-sxm").device)
+    0.62
+    >>> operator_efficiency("aten.add.Tensor", "bfloat16", load_profile("h200-sxm").device)
+    1.0
+    """
+    known = device.operator_efficiency
+    base = name.removeprefix("aten.").partition(".")[0]
+    return known.get(f"{base}.{dtype}", known.get(base, 1.0))

@@ -50,6 +50,7 @@ def device_model(content: ProfileContent) -> DeviceModel:
         peak_flops=peaks,
         memory_bandwidth=compute.memory_bandwidth_bytes_per_s.value,
         memory_time=_curve(compute.memory_time_s),
+        operator_efficiency={name: figure.value for name, figure in compute.operator_efficiency.items()},
         kernel_floor_s=compute.kernel_floor_s.value,
         gemm=_gemm(compute.gemm, peaks[compute.gemm.dtype]),
         attention=_attention(compute.attention, peaks[compute.attention.dtype]),

@@ -97,7 +97,8 @@ class DeviceModel:
     """One device: rates, curves, host costs and memory overheads, all in s, B, FLOP.
 
     `peak_flops` are dense peaks by torch dtype name. `memory_time` is seconds of a well-made element-wise kernel by
-    bytes moved (read + written). `kernel_floor_s` is the least time of a kernel in an eager stream.
+    bytes moved (read + written); `operator_efficiency` are the rates of named operators as fractions of it.
+    `kernel_floor_s` is the least time of a kernel in an eager stream.
     `convolution_forward` / `_backward` are FLOP/s by arithmetic intensity (FLOP per byte moved).
     `fused_factor` is the time of compiled over eager memory-bound kernels. `slowdown` multiplies every kernel
     (1.0 unless processes share cores).
@@ -109,6 +110,7 @@ class DeviceModel:
     peak_flops: Mapping[str, float]
     memory_bandwidth: float
     memory_time: Curve
+    operator_efficiency: Mapping[str, float]
     kernel_floor_s: float
     gemm: GemmModel
     attention: AttentionModel

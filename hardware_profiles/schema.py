@@ -122,11 +122,17 @@ class OptimizerSection(_Section):
 
 
 class ComputeSection(_Section):
-    """Rates of one device; `shared_cores` where processes share a host's cores (CPU), else null."""
+    """Rates of one device.
+
+    `operator_efficiency`: rates of named memory-bound operators as fractions of `memory_time_s`, by aten name
+    ("native_layer_norm"), or by name and output dtype ("_to_copy.float32"). `shared_cores` where processes share
+    a host's cores (CPU), else null.
+    """
 
     peak_flops: dict[Dtype, Figure]
     memory_bandwidth_bytes_per_s: Figure
     memory_time_s: CurveRows
+    operator_efficiency: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9]+)?$")], Figure]
     kernel_floor_s: Figure
     gemm: GemmSection
     attention: AttentionSection
