@@ -49,7 +49,8 @@ def kernel_s(
         by the measured efficiency of the operator where the profile knows it by `name` (norms, softmax, casts).
     free : 0 (a view).
 
-    Another dtype than the table's takes the compute time times the ratio of the dense peaks.
+    Another dtype than the table's takes the compute time times the ratio of the dense peaks (float32 convolutions
+    count as TF32 where the device has it, as torch runs them by default).
 
     Parameters
     ----------
@@ -250,7 +251,9 @@ def _convolution_s(flops: float, bytes_moved: float, dtype: str, wrt: str, devic
     # Above the last point the rate stays; below the first it falls with the intensity (a bandwidth).
     intensity = min(flops / max(bytes_moved, 1.0), curve.x[-1])
     table_peak = device.peak_flops[device.convolution_dtype]
-    ratio = 1.0 if dtype == device.convolution_dtype else table_peak / peak_flops(dtype, device)
+    # torch lets cuDNN use TF32 for float32 convolutions (torch.backends.cudnn.allow_tf32), not for products.
+    computed = "tf32" if dtype == "float32" and "tf32" in device.peak_flops else dtype
+    ratio = 1.0 if computed == device.convolution_dtype else table_peak / peak_flops(computed, device)
     return flops / curve.at(intensity) * ratio
 
 

@@ -171,6 +171,21 @@ def test_convolutions_follow_their_intensity():
     assert thin >= 30 * moved / device.memory_bandwidth
 
 
+def test_float32_convolutions_run_in_tf32_as_torch_does_by_default():
+    half = kernel_s("conv", 1e12, 1e9, (), "bfloat16", "forward", H100)
+    single = kernel_s("conv", 1e12, 1e9, (), "float32", "forward", H100)
+    assert single == pytest.approx(half * H100.peak_flops["bfloat16"] / H100.peak_flops["tf32"])
+
+
+def test_named_operators_run_at_their_own_rate():
+    plain = kernel_s("memory", 0, 1e8, (), "bfloat16", "forward", H100)
+    norm = kernel_s("memory", 0, 1e8, (), "bfloat16", "forward", H100, name="aten.native_layer_norm.default")
+    assert norm == pytest.approx(plain / H100.operator_efficiency["native_layer_norm"])
+    widen = kernel_s("memory", 0, 1e8, (), "float32", "forward", H100, name="aten._to_copy.default")
+    narrow = kernel_s("memory", 0, 1e8, (), "bfloat16", "forward", H100, name="aten._to_copy.default")
+    assert widen > 1.3 * narrow == 1.3 * plain
+
+
 def test_views_are_free_and_unknown_kinds_are_refused():
     assert kernel_s("free", 0, 1e9, (), "bfloat16", "forward", H100) == 0.0
     with pytest.raises(ValueError, match="magic"):
