@@ -80,7 +80,7 @@ def read_hf_config(
     return config, model_class
 
 
-def constructor(config: Any, model_class: type) -> Callable[[], nn.Module]:
+def constructor(config: Any, model_class: Any) -> Callable[[], nn.Module]:
     """A call that constructs the model: random float32 weights, SDPA attention where it has that, no cache."""
 
     def construct() -> nn.Module:
@@ -90,7 +90,7 @@ def constructor(config: Any, model_class: type) -> Callable[[], nn.Module]:
             if hasattr(part, "use_cache"):
                 part.use_cache = False
         attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
-        return model_class._from_config(own, dtype=torch.float32, attn_implementation=attention)  # type: ignore[attr-defined]
+        return model_class._from_config(own, dtype=torch.float32, attn_implementation=attention)
 
     return construct
 
