@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from .assemble import mesh_section
 from .choices import CostModel
@@ -58,26 +59,23 @@ def plain_fsdp(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
 
 
 def rule_of_thumb(model: CostModel, meshes: Sequence[Mesh]) -> Baseline | None:
-    """Folklore's layout: the least pp, then the least tp, that fits; microbatch 1; the rest data parallel.
+    """Folklore's layout: the least pp, then the least tp, that fits; then the largest microbatch that fits.
 
     Megatron-LM's guidance (Narayanan et al. 2021): tensor parallelism inside the node first, pipeline stages only
     where that does not fit, data parallelism for the rest; recomputation (selective, then full) only where needed;
-    optimizer state sharded over the replicas.
+    optimizer state sharded over the replicas, gradients reduced once a step.
     """
-    usable = [
-        m
-        for m in meshes
-        if m.microbatch_size == 1
-        and m.dp_replicate == 1
-        and m.schedule == "1f1b"
-        and m.gradient_sync == "last"
-        and m.zero_stage == 2
-    ]
-    usable.sort(key=lambda m: (m.pp, m.tp))
-    for mesh in usable:
-        found = best_uniform(model, [mesh])
-        if found is not None:
-            return _baseline("rule of thumb", usable, found)
+    usable = [m for m in meshes if m.dp_replicate == 1 and m.zero_stage == 2 and m.schedule == "1f1b"]
+    usable = [m for m in usable if m.gradient_sync == "last"]
+    usable.sort(key=lambda m: (m.pp, m.tp, -m.microbatch_size))
+    for _, group in groupby(usable, key=lambda m: (m.pp, m.tp)):
+        same_degrees = list(group)
+        for mode in RECOMPUTE:
+            for mesh in same_degrees:
+                problem = model.problem(mesh)
+                assignment = uniform_assignment(problem, mode)
+                if assignment is not None and (evaluation := evaluate(problem, assignment)).fits:
+                    return _baseline("rule of thumb", usable, (mesh, mode, evaluation))
     return _baseline("rule of thumb", usable, None)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-
 from tpplan.errors import PlanFileError
 from tpplan.planner.choices import CostModel
 from tpplan.planner.evaluate import evaluate
