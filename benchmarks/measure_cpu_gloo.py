@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
-from build_profiles import Json, figure, fit_gemm_law, rounded, write_profile
+from profile_format import Json, figure, rounded, write_profile
+from profile_kernels import fit_gemm_law
 from torch import multiprocessing
 
 GROUPS = (2, 4)
