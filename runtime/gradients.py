@@ -36,7 +36,7 @@ class SharedParameters:
             for pipeline in pipelines:
                 members = [pipeline[stage] for stage in stages]
                 group = dist.new_group(members)
-                if dist.get_rank() in members:
+                if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
                     groups[stages] = group
         for name, parameter in mine.items():
             stages = holders.get(name, ())

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,12 +185,13 @@ class Materialiser:
     def __call__(self, module: nn.Module, fqn: str) -> None:
         """Replace every tensor of `module` (the unit `fqn`) that is still on meta by its initial value."""
         for prefix, owner in module.named_modules(prefix=fqn):
-            for table in (owner._parameters, owner._buffers, owner.__dict__):
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner.__dict__)
+            for table in tables:
                 for name, tensor in list(table.items()):
-                    if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
-                        table[name] = self._value(tensor, f"{prefix}.{name}".lstrip("."))
-                    elif table is owner._buffers and tensor is not None:
-                        # Made for real where a constructor fails on meta: its value may be random.
+                    if not isinstance(tensor, torch.Tensor):
+                        continue
+                    # Buffers may be real where a constructor fails on meta, with values of another seed.
+                    if tensor.device.type == "meta" or table is owner._buffers:
                         table[name] = self._value(tensor, f"{prefix}.{name}".lstrip("."))
 
     def _value(self, tensor: torch.Tensor, name: str) -> torch.Tensor:

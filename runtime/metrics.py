@@ -48,7 +48,7 @@ class MetricsFile:
         self._file: IO[str] | None = None
         if path is not None:
             try:
-                self._file = Path(path).open("w", encoding="utf-8")
+                self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
             except OSError as error:
                 raise UsageError(f"Cannot write {path}: {error.strerror}.", "Choose another --metrics file.") from None
 
