@@ -113,6 +113,7 @@ class Recorder(TorchDispatchMode):
         self._ids: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[torch.Tensor]] = {}
         self._storages: dict[int, int] = {}
+        self._on_storage: dict[int, set[int]] = {}
         self._stack: list[int] = []
         self._by_sequence: dict[int, int] = {}
         self._packed: list[tuple[int, int]] = []
@@ -153,10 +154,12 @@ class Recorder(TorchDispatchMode):
         key = id(tensor)
         if key not in self._refs:
             rec.storages[storage].live += 1
+            self._on_storage.setdefault(storage, set()).add(key)
 
             def released(_: Any, key: int = key, storage: int = storage, cdata: int = cdata) -> None:
                 self._ids.pop(key, None)
                 self._refs.pop(key, None)
+                self._on_storage[storage].discard(key)
                 entry = rec.storages[storage]
                 entry.live -= 1
                 if entry.live == 0:
@@ -200,21 +203,29 @@ class Recorder(TorchDispatchMode):
         outputs = []
         for position in info.written:
             target = args[position] if position < len(args) else None
-            if isinstance(target, torch.Tensor) and self.recording.tensors[self.known(target)].kind not in (
-                "parameter",
-                "buffer",
-            ):
-                outputs.append(self.register(target, kind))
+            if isinstance(target, torch.Tensor):
+                outputs += self._rewritten(target, kind)
         for tensor in _tensors(result):
-            if id(tensor) in self._ids:  # an operator that returns its own argument
-                if self._ids[id(tensor)] not in outputs:
-                    outputs.append(self._ids[id(tensor)])
+            if id(tensor) in self._ids:  # its own argument, written or only handed through
                 continue
             new = self.register(tensor, kind)
             outputs.append(new)
             if weights:
                 self.storage_of(new).weight_like = True
         return outputs
+
+    def _rewritten(self, target: torch.Tensor, kind: str) -> list[int]:
+        """New ids of `target` and of every live tensor on its storage: what is read later depends on the write."""
+        before = self.known(target)
+        storage = self.recording.tensors[before].storage
+        if self.storage_of(before).kind in ("parameter", "buffer"):
+            return []
+        found = [self.register(target, kind)]
+        for key in tuple(self._on_storage[storage]):
+            alias = self._refs[key]()
+            if alias is not None and alias is not target:
+                found.append(self.register(alias, kind))
+        return found
 
     def _record_forward(
         self,

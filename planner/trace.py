@@ -7,180 +7,34 @@ are traced: two give every figure as a function of the size, the third proves it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError
 from .affine import NotAffine, fit, merge
-from .chain import ReplayInexact, Span, build_chain, expandable, output_leaf, sources
-from .fold import Folded, fold, relative
+from .chain import ReplayInexact, output_leaf, sources
+from .fold import Folded, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
-from .inputs import Inputs
-from .recorder import Recorder, Recording
-from .replay import Replayer
-from .signature import repeated_lists
+from .recorder import Recording
+from .run_once import Run, run_once
+from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
 from .target import Target
-from .user_module import user_code
 
 BATCHES = (2, 3, 5)
+LARGEST_REAL = 500_000_000  # parameters of a model that may be traced on real tensors
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
-@dataclass(slots=True)
-class _Run:
-    """One traced run, folded."""
-
-    recording: Recording
-    spans: list[Span]
-    folded: Folded
-    inputs: dict[str, int]
-    replayed: int
-    dropout: tuple[str, ...]
-
-
-class _Attention(TorchFunctionMode):
-    """Keeps scaled-dot-product attention one operator: the CPU kernel has no dropout, so it is noted, not drawn."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-        self.dropout: dict[str, None] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, attention without its dropout."""
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-            if p:
-                call = self.recorder.current_call
-                self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
-                args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-                kwargs.update({} if len(args) > 4 else {"dropout_p": 0.0})
-        return func(*args, **kwargs)
-
-
-class _FakeModel:
-    """The model with parameters and buffers replaced by fake tensors, in the dtype of the run's compute."""
-
-    def __init__(self, model: nn.Module, precision: str) -> None:
-        self.model = model
-        self.repeated = repeated_lists(model)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.compute = torch.bfloat16 if precision == "bf16" else None
-        made: dict[int, Any] = {}
-        for module in model.modules():
-            for tensors, wrap in ((module._parameters, True), (module._buffers, False)):
-                for name, tensor in tensors.items():
-                    if tensor is None or (not wrap and not tensor.is_meta):
-                        continue
-                    if id(tensor) not in made:
-                        made[id(tensor)] = self._replace(tensor, wrap)
-                    tensors[name] = made[id(tensor)]
-
-    def _replace(self, tensor: torch.Tensor, parameter: bool) -> torch.Tensor:
-        dtype = self.cast(tensor.dtype) if parameter else tensor.dtype
-        new = self.empty(tensor.shape, tensor.stride(), dtype)
-        if parameter:  # nn.Parameter(new) would dispatch a detach; this is what it leaves behind
-            new._is_param = True
-            new.requires_grad_(tensor.requires_grad)
-        return new
-
-    def cast(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that a tensor of `dtype` computes in."""
-        return self.compute if self.compute is not None and dtype.is_floating_point else dtype
-
-    def empty(self, shape: Any, stride: Any, dtype: torch.dtype) -> FakeTensor:
-        """A fake tensor on the CPU."""
-        meta = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
-        return FakeTensor(self.mode, meta, torch.device("cpu"))
-
-    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A fake stand-in for a real input."""
-        return self.empty(tensor.shape, tensor.stride(), self.cast(tensor.dtype))
-
-
-def describe_parameters(model: nn.Module) -> dict[str, Parameter]:
-    """Every distinct parameter and buffer of `model` by its first FQN, in the dtype the model's code gives it."""
-    found: dict[str, Parameter] = {}
-    for tensors, is_buffer in ((model.named_parameters(), False), (model.named_buffers(), True)):
-        for fqn, tensor in tensors:
-            owner = type(model.get_submodule(fqn.rpartition(".")[0])).__name__
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            found[fqn] = Parameter(fqn, tuple(tensor.shape), dtype, tensor.requires_grad, owner, is_buffer)
-    return found
-
-
-def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of FQNs that name one parameter, the one of `named_parameters()` first."""
-    names: dict[int, list[str]] = {}
-    for fqn, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(fqn)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """The same random draws every time, the caller's random state untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def _run_once(
-    fake: _FakeModel, target: Target, batch: int, seq: int, parameters: Mapping[str, Parameter], full: bool
-) -> _Run:
-    """Forward, loss and backward at one microbatch size."""
-    model = fake.model
-    recorder = Recorder(model)
-    for name, tensor in model.named_parameters():
-        recorder.storage_of(recorder.register(tensor, "parameter", name)).weight_like = True
-    for name, tensor in model.named_buffers():
-        recorder.register(tensor, "buffer", name)
-    replayer = Replayer(fake.repeated, recorder, fake.empty)
-    attention = _Attention(recorder)
-    with _random_state():
-        inputs = target.example_inputs(model, batch, seq).map(fake.fake)
-        named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
-        with user_code(f"{target.name} failed while being traced", target._source.folder):
-            _forward_backward(recorder, replayer, attention, target, inputs, full)
-    for parameter in model.parameters():
-        parameter.grad = None
-    spans = build_chain(recorder.recording, expandable(model, fake.repeated))
-    folded = fold(recorder.recording, spans, parameters)
-    return _Run(recorder.recording, spans, folded, named, replayer.replayed, tuple(attention.dropout))
-
-
-def _forward_backward(
-    recorder: Recorder, replayer: Replayer, attention: _Attention, target: Target, inputs: Inputs, full: bool
-) -> None:
-    model = recorder.model
-    with recorder.watch(), attention:
-        if full:
-            output = model(*inputs.args, **inputs.kwargs)
-        else:
-            with replayer.active():
-                output = model(*inputs.args, **inputs.kwargs)
-        loss = target.loss(output, inputs)
-        del output
-        if not loss.requires_grad:
-            raise ModelError(
-                f"The loss of {target.name} depends on no trainable parameter.",
-                "Return a loss computed from the model's output, without detach() or no_grad().",
-            )
-        recorder.in_backward = True
-        loss.backward()
-
-
-def _units(run: _Run) -> tuple[Unit, ...]:
+def _units(run: Run) -> tuple[Unit, ...]:
     rec, spans = run.recording, run.spans
     leaves = {t: k for k, t in enumerate(run.inputs.values())}
     seen: set[str] = set()
@@ -239,20 +93,39 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
     model = target.build("meta").train()
     parameters = describe_parameters(model)
     tied = tied_parameters(model)
-    fake = _FakeModel(model, precision)
     notes: list[str] = []
     try:
-        runs = [_run_once(fake, target, b, sequence_length, parameters, full) for b in BATCHES]
+        runs = _runs(FakeModel(model, precision), target, sequence_length, parameters, full, notes)
+    except ModelError as error:
+        cause = error.__cause__
+        if not isinstance(cause, _NEEDS_DATA) or sum(p.numel for p in parameters.values()) > LARGEST_REAL:
+            raise
+        notes.append(f"traced with real data, the figures hold for its routing: {type(cause).__name__}: {cause}")
+        real = RealModel(target.build("cpu").train(), precision)
+        runs = _runs(real, target, sequence_length, parameters, full, notes)
+    return _assemble(target, model, runs, parameters, tied, notes, sequence_length, precision)
+
+
+def _runs(
+    stand_in: RealModel,
+    target: Target,
+    sequence_length: int,
+    parameters: Mapping[str, Parameter],
+    full: bool,
+    notes: list[str],
+) -> list[Run]:
+    """One run a microbatch size; without replay if replay turns out to be inexact."""
+    try:
+        return [run_once(stand_in, target, b, sequence_length, parameters, full) for b in BATCHES]
     except ReplayInexact as error:
         notes.append(f"every repeated layer was traced: {error}")
-        runs = [_run_once(fake, target, b, sequence_length, parameters, True) for b in BATCHES]
-    return _assemble(target, model, runs, parameters, tied, notes, sequence_length, precision)
+        return [run_once(stand_in, target, b, sequence_length, parameters, True) for b in BATCHES]
 
 
 def _assemble(
     target: Target,
     model: nn.Module,
-    runs: Sequence[_Run],
+    runs: Sequence[Run],
     parameters: Mapping[str, Parameter],
     tied: tuple[tuple[str, ...], ...],
     notes: list[str],
@@ -296,7 +169,7 @@ def _assemble(
     return replace(graph, units=units, opaque=_opaque(graph, first.recording))
 
 
-def _model_inputs(runs: Sequence[_Run]) -> tuple[ModelInput, ...]:
+def _model_inputs(runs: Sequence[Run]) -> tuple[ModelInput, ...]:
     found = []
     for name in runs[0].inputs:
         tensors = [run.recording.tensors[run.inputs[name]] for run in runs]

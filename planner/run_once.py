@@ -1,0 +1,145 @@
+"""One traced run: the model's own forward, loss and backward at one microbatch size, recorded and folded."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ModelError, TargetError
+from .blame import blame, describe
+from .chain import Span, build_chain, expandable
+from .fold import Folded, fold
+from .graph import Parameter
+from .inputs import Inputs
+from .recorder import Recorder, Recording
+from .replay import Replayer
+from .stand_in import RealModel
+from .target import Target
+from .user_module import user_code
+
+
+@dataclass(slots=True)
+class Run:
+    """One traced run, folded."""
+
+    recording: Recording
+    spans: list[Span]
+    folded: Folded
+    inputs: dict[str, int]
+    replayed: int
+    dropout: tuple[str, ...]
+
+
+class _Attention(TorchFunctionMode):
+    """Keeps scaled-dot-product attention one operator: the CPU kernel has no dropout, so it is noted, not drawn."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.dropout: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, attention without its dropout."""
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+            if p:
+                call = self.recorder.current_call
+                self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
+                args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+                kwargs.update({} if len(args) > 4 else {"dropout_p": 0.0})
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _random_state() -> Iterator[None]:
+    """The same random draws every time, the caller's random state untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep torch from logging a traceback of its own for an error that we report."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _blaming(target: Target) -> Iterator[None]:
+    """Turn an error of the model's code into one line that names the innermost line outside torch."""
+    try:
+        yield
+    except (ModelError, TargetError):
+        raise
+    except Exception as error:
+        where = blame(error, target._source.folder)
+        if target.kind not in ("file", "module"):
+            own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+            frames = [f for f in extract_tb(error.__traceback__) if not f.filename.startswith(own)]
+            if frames:
+                where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {describe(error)}"
+        raise ModelError(
+            f"{target.name} failed while being traced. {where}",
+            "Correct the model's code or the shapes of its inputs; --debug shows the whole traceback.",
+        ) from error
+
+
+def run_once(
+    stand_in: RealModel, target: Target, batch: int, seq: int, parameters: Mapping[str, Parameter], full: bool
+) -> Run:
+    """Forward, loss and backward at one microbatch size."""
+    model = stand_in.model
+    recorder = Recorder(model)
+    for name, tensor in model.named_parameters():
+        recorder.storage_of(recorder.register(tensor, "parameter", name)).weight_like = True
+    for name, tensor in model.named_buffers():
+        recorder.register(tensor, "buffer", name)
+    replayer = Replayer(stand_in.repeated, recorder, stand_in.empty)
+    attention = _Attention(recorder)
+    with _random_state():
+        inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
+        named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
+        with _quiet_torch(), user_code("", target._source.folder), _blaming(target):
+            _forward_backward(recorder, replayer, attention, target, inputs, full)
+    for parameter in model.parameters():
+        parameter.grad = None
+    spans = build_chain(recorder.recording, expandable(model, stand_in.repeated))
+    folded = fold(recorder.recording, spans, parameters)
+    return Run(recorder.recording, spans, folded, named, replayer.replayed, tuple(attention.dropout))
+
+
+def _forward_backward(
+    recorder: Recorder, replayer: Replayer, attention: _Attention, target: Target, inputs: Inputs, full: bool
+) -> None:
+    model = recorder.model
+    with recorder.watch(), attention:
+        if full:
+            output = model(*inputs.args, **inputs.kwargs)
+        else:
+            with replayer.active():
+                output = model(*inputs.args, **inputs.kwargs)
+        loss = target.loss(output, inputs)
+        del output
+        if not loss.requires_grad:
+            raise ModelError(
+                f"The loss of {target.name} depends on no trainable parameter.",
+                "Return a loss computed from the model's output, without detach() or no_grad().",
+            )
+        recorder.in_backward = True
+        loss.backward()
