@@ -221,7 +221,7 @@ def parse_model_args(values: tuple[str, ...]) -> dict[str, str]:
     parsed = {}
     for text in values:
         name, equals, value = text.partition("=")
-        if not equals or not name.strip().isidentifier():
+        if not equals or not all(part.isidentifier() for part in name.strip().split(".")):
             raise UsageError(f"--model-arg {text} is not NAME=VALUE.", "For example --model-arg n_layer=12.")
         parsed[name.strip()] = value
     return parsed

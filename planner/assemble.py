@@ -91,7 +91,7 @@ def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSecti
         return TensorParallelSection()
     return TensorParallelSection(
         styles={
-            fqn: ModuleStyle(style=s.style, sizes=list(s.sizes), output=s.output)
+            fqn: ModuleStyle.model_validate({"style": s.style, "sizes": list(s.sizes), "output": s.output})
             for fqn, s in sorted(sharding.styles.items())
         },
         attention=sorted(sharding.attention),
@@ -139,12 +139,14 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
         for unit in model.graph.units:
             for item in model.sharding.of_class(unit.class_index).collectives:
                 found.append(
-                    Redistribute(
-                        module=absolute_name(unit.fqn, item.module),
-                        axis="tp",
-                        collective=item.collective,
-                        phase=item.phase,
-                        bytes_per_microbatch=round(item.bytes.at(b)),
+                    Redistribute.model_validate(
+                        {
+                            "module": absolute_name(unit.fqn, item.module),
+                            "axis": "tp",
+                            "collective": item.collective,
+                            "phase": item.phase,
+                            "bytes_per_microbatch": round(item.bytes.at(b)),
+                        }
                     )
                 )
     for position in assignment.boundaries[:-1]:
@@ -168,11 +170,11 @@ def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluatio
     fixed = model.fixed_bytes(mesh)
     result = []
     for span, memory in zip(stage_spans(assignment.boundaries), evaluation.memory, strict=True):
-        parts = dict.fromkeys(("parameters", "gradients", "optimizer", "gathered", "buffers"), 0)
+        parts: dict[str, int] = {}
         for position in span:
             static = model.static_parts(position, mesh)
-            for name in parts:
-                parts[name] += getattr(static, name)
+            for name in ("parameters", "gradients", "optimizer", "gathered", "buffers"):
+                parts[name] = parts.get(name, 0) + getattr(static, name)
         parts["activations"] = memory.in_flight * (memory.saved_bytes + memory.cut_bytes)
         parts["transient"] = memory.transient_bytes
         assert sum(parts.values()) == memory.total_bytes
@@ -252,11 +254,13 @@ def build_plan(
             microbatches=mesh.microbatches,
             sequence_length=request.sequence_length,
         ),
-        schedule=ScheduleSection(name=mesh.schedule, gradient_sync=mesh.gradient_sync),
-        precision=PrecisionSection(
-            name=request.precision, compute_dtype=request.compute_dtype, optimizer=request.optimizer
+        schedule=ScheduleSection.model_validate({"name": mesh.schedule, "gradient_sync": mesh.gradient_sync}),
+        precision=PrecisionSection.model_validate(
+            {"name": request.precision, "compute_dtype": request.compute_dtype, "optimizer": request.optimizer}
         ),
-        sharding=ShardingSection(zero_stage=mesh.zero_stage, reshard_after_forward=mesh.zero_stage == 3),
+        sharding=ShardingSection.model_validate(
+            {"zero_stage": mesh.zero_stage, "reshard_after_forward": mesh.zero_stage == 3}
+        ),
         stages=stages,
         tensor_parallel=tensor_parallel_section(model, mesh),
         parameters=parameter_placements(model, mesh, stages),

@@ -110,7 +110,8 @@ def suggest_in_detail(
 
     clock.lap("imports")
     loaded = load_target(target, model_args=dict(model_args or {}), inputs=tuple(inputs), precision=precision)
-    length = seq_len or loaded.default_sequence_length()
+    default = loaded.sequence_default()
+    length = seq_len or default.length
     request = Request(
         gpus=gpus,
         gpus_per_node=gpus_per_node or profile.gpus_per_node,
@@ -150,12 +151,14 @@ def suggest_in_detail(
             target=target,
             model_args=dict(model_args or {}),
             input_spec=list(inputs),
-            loss=loaded.loss_description,
+            loss=graph.loss or loaded.loss_description,
             loss_weighting=loaded.loss_weighting,
         ),
         "solver": solver_section(model, result, clock.total()),
         "baselines": [b for b in (rule_of_thumb(model, meshes), plain_fsdp(model, meshes)) if b is not None],
-        "assumptions": assumptions(request, profile, why, seq_len, global_batch, memory_limit_gib),
+        "assumptions": assumptions(
+            request, profile, why, "" if seq_len else default.source, global_batch is None, memory_limit_gib is None
+        ),
         "notes": list(graph.notes) + notes(graph, sharding, loaded.loss_weighting),
     }
     plan = build_plan(model, Mesh(*best.key), best.assignment, best.evaluation, fields)
@@ -286,24 +289,21 @@ def space_description() -> list[str]:
 
 
 def assumptions(
-    request: Request,
-    profile: Profile,
-    why: str,
-    seq_len: int | None,
-    global_batch: int | None,
-    memory_limit_gib: float | None,
+    request: Request, profile: Profile, why: str, length_from: str, default_batch: bool, default_limit: bool
 ) -> list[str]:
-    """What was assumed, each with the flag that changes it."""
-    said = []
-    said.append(f"hardware {profile.name} ({why}): --hardware")
-    said.append(f"{request.gpus_per_node} GPUs a node: --gpus-per-node")
-    said.append(f"sequence length {request.sequence_length}{'' if seq_len else ' (default)'}: --seq-len")
-    said.append(f"global batch {request.global_batch}{'' if global_batch else ' (default)'} samples: --global-batch")
-    said.append(f"precision {request.precision}: --precision")
-    said.append(f"optimizer {request.optimizer}: --optimizer")
-    limit = "" if memory_limit_gib else " (what the device offers)"
-    said.append(f"memory limit {gib(request.memory_limit_bytes):.1f} GiB a GPU{limit}: --memory-limit")
-    return said
+    """What was assumed, each with the flag that changes it; `length_from` says where a default length comes from."""
+    length = f" ({length_from})" if length_from else ""
+    batch = " (default)" if default_batch else ""
+    limit = " (what the device offers)" if default_limit else ""
+    return [
+        f"hardware {profile.name} ({why}): --hardware",
+        f"{request.gpus_per_node} GPUs a node: --gpus-per-node",
+        f"sequence length {request.sequence_length}{length}: --seq-len",
+        f"global batch {request.global_batch} samples{batch}: --global-batch",
+        f"precision {request.precision}: --precision",
+        f"optimizer {request.optimizer}: --optimizer",
+        f"memory limit {gib(request.memory_limit_bytes):.1f} GiB a GPU{limit}: --memory-limit",
+    ]
 
 
 def notes(graph: ModelGraph, sharding: Sharding, weighting: str) -> list[str]:

@@ -136,7 +136,7 @@ class KernelClock:
         moved = local_bytes(kernel, dims, divided, tp, b)
         sizes = tuple(d.at(b) for d in dims)
         fused = fused and self.fused
-        key = (kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, fused)
+        key = (kernel.name, kernel.kind, flops, moved, sizes, kernel.dtype, kernel.wrt, fused)
         if key not in self._seen:
             self._seen[key] = kernel_s(
                 kernel.kind,
@@ -148,6 +148,7 @@ class KernelClock:
                 self.device,
                 fused=fused,
                 sustained=self.sustained,
+                name=kernel.name,
             )
         return self._seen[key]
 
