@@ -19,6 +19,7 @@ from .sharding_rules import Collective, Conflict, Decision, Interpreter, Layer, 
 _VOCAB_DEGREES = 8  # a vocabulary is split only if every other legal degree up to this divides it
 _MINOR_SHARE = 0.05  # layers below this share of the parameters may not narrow the choice of tp
 _TOP_DEGREE = 1024
+_REASONS = 6  # layers that stay whole and are named
 
 Key = tuple[int, str]  # class index, module FQN relative to the unit
 
@@ -100,10 +101,11 @@ class _Search:
     def run(self) -> Sharding:
         """Interpret, settle what spans classes, repeat until nothing changes."""
         self._collect()
-        self.outcomes = [self._interpret(index) for index in range(len(self.graph.classes))]
-        while changed := self._settle():
-            for index in sorted({key[0] for key in changed}):
-                self.outcomes[index] = self._interpret(index)
+        while True:
+            before = dict(self.decisions)
+            self.outcomes = [self._interpret(index) for index in range(len(self.graph.classes))]
+            if self.decisions == before and not self._settle():
+                break
         return self._result()
 
     # what there is
@@ -119,12 +121,12 @@ class _Search:
                 [name if t.kind == "parameter" else "" for name, t in zip(names, cls.tensors, strict=True)]
             )
             self.layers.append(dict(self._layers_of(cls, prefix, self.names[-1])))
-        embeddings = [layer.numel for layers in self.layers for layer in layers.values() if layer.kind == "embedding"]
+        largest = self._largest_embedding()
         for index, layers in enumerate(self.layers):
             for fqn, layer in layers.items():
                 style = "col"
                 if layer.kind == "embedding":
-                    style = "vocab" if 2 * layer.numel >= max(embeddings) else "replicate"
+                    style = "vocab" if 2 * layer.numel >= largest else "replicate"
                 self.decisions[index, fqn] = Decision(style)
 
     def _layers_of(self, cls: UnitClass, prefix: str, names: Sequence[str]) -> Iterable[tuple[str, Layer]]:
@@ -153,7 +155,9 @@ class _Search:
         if self.aliases.get(own, own) != self.aliases.get(weight, weight):
             return False
         beside = {
-            name.rpartition(".")[2] for name, p in self.graph.parameters.items() if name.rpartition(".")[0] == module
+            name.rpartition(".")[2]
+            for name, p in self.graph.parameters.items()
+            if name.rpartition(".")[0] == module and not p.is_buffer
         }
         return beside <= ({"weight", "bias"} if kind == "linear" else {"weight"})
 
@@ -172,28 +176,32 @@ class _Search:
         while True:
             mine = {fqn: self.decisions[index, fqn] for fqn in layers}
             try:
-                return Interpreter(cls, layers, mine, self._sharded_by, self.names[index]).run()
+                return Interpreter(cls, layers, mine, self._is_split, self.names[index]).run()
             except Conflict as conflict:
                 self._yield(index, conflict)
 
-    def _sharded_by(self, weight: str) -> str:
-        """The layer that splits parameter `weight`, "" if none does (a bias follows its weight)."""
-        module = weight.removesuffix(".bias")
-        owner = f"{module}.weight" if weight.endswith(".bias") else weight
-        for index, layers in enumerate(self.layers):
-            for fqn, layer in layers.items():
-                split = self.decisions[index, fqn].style != "replicate"
-                if split and self.aliases.get(layer.weight, layer.weight) == self.aliases.get(owner, owner):
-                    return fqn
-        return ""
+    def _is_split(self, parameter: str) -> bool:
+        """Whether some layer splits a parameter (a bias follows its weight)."""
+        return any(self.decisions[key].style != "replicate" for key in self._owners(parameter))
+
+    def _owners(self, parameter: str) -> list[Key]:
+        """The layers whose weight or bias a parameter is."""
+        names = {n for n, first in self.aliases.items() if first == self.aliases.get(parameter)} | {parameter}
+        found = []
+        for name in names:
+            weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+            found += self._groups().get(self.aliases.get(weight, weight), [])
+        return found
 
     def _yield(self, index: int, conflict: Conflict) -> None:
         """Change the style of the layers that a conflict names."""
-        changed = False
-        for fqn in sorted(conflict.modules):
-            for key in [(index, fqn)] if (index, fqn) in self.decisions else [k for k in self.decisions if k[1] == fqn]:
-                changed |= self._give_up(key, conflict.reason, conflict.packed)
-        if not changed:
+        keys = [(index, fqn) for fqn in sorted(conflict.modules)]
+        changed = [self._give_up(key, conflict.reason, conflict.packed) for key in keys]
+        if conflict.weight:
+            for key in self._owners(conflict.weight):
+                self._replicate(key, conflict.reason)
+                changed.append(True)
+        if not any(changed):
             raise AssertionError(f"{conflict} changes nothing")
 
     def _give_up(self, key: Key, reason: str, packed: tuple[int, ...] = ()) -> bool:
@@ -216,8 +224,14 @@ class _Search:
         tied = self._groups()[self.aliases.get(layer.weight, layer.weight)]
         if any(self.layers[i][f].kind == "embedding" and self.decisions[i, f].style == "vocab" for i, f in tied):
             return True
-        last = self.graph.units[-1].class_index == key[0]
-        return last and layer.numel >= _MINOR_SHARE * self._total()
+        linears = [fqn for fqn, other in self.layers[key[0]].items() if other.kind == "linear"]
+        last = self.graph.units[-1].class_index == key[0] and linears[-1:] == [key[1]]
+        return last and (layer.numel >= _MINOR_SHARE * self._total() or 2 * layer.numel >= self._largest_embedding())
+
+    def _largest_embedding(self) -> float:
+        """Parameters of the largest embedding (infinite if there is none, so that nothing is compared with it)."""
+        found = [layer.numel for layers in self.layers for layer in layers.values() if layer.kind == "embedding"]
+        return max(found, default=math.inf)
 
     def _total(self) -> int:
         seen = {self.aliases.get(n, n): p.numel for n, p in self.graph.parameters.items() if not p.is_buffer}
@@ -225,9 +239,10 @@ class _Search:
 
     # what spans classes
 
-    def _settle(self) -> set[Key]:
+    def _settle(self) -> bool:
         """One rule at a time: tied layers agree, the loss is all parallel or not at all, parts divide."""
-        for rule in (
+        before = dict(self.decisions)
+        rules = (
             self._ties,
             self._shared_modules,
             self._one_loss,
@@ -235,13 +250,12 @@ class _Search:
             self._whole_parts,
             self._vocabulary,
             self._minor,
-        ):
-            before = dict(self.decisions)
+        )
+        for rule in rules:
             rule()
-            changed = {key for key, decision in self.decisions.items() if before[key] != decision}
-            if changed:
-                return changed
-        return set()
+            if self.decisions != before:
+                return True
+        return False
 
     def _split_dim(self, key: Key) -> int | None:
         """Which dimension of the (out, in) weight this layer splits."""
@@ -325,7 +339,8 @@ class _Search:
         common = 0
         for numel, members, size in sorted(self._components(), key=lambda c: (-c[0], sorted(c[1]))):
             narrower = math.gcd(common, size)
-            if common and narrower < common and numel < _MINOR_SHARE * self._total():
+            lost = any(common % d == 0 and narrower % d for d in range(2, _VOCAB_DEGREES + 1))
+            if common and lost and numel < _MINOR_SHARE * self._total():
                 for key in members:
                     self._replicate(key, f"its {size} parts would limit tp")
             else:
@@ -411,11 +426,12 @@ class _Search:
             common = math.gcd(*(size for size, _ in parts))
             tight = [label for size, label in parts if size == parts[0][0] or size % parts[0][0]]
             yield f"tp must divide {', '.join(tight[:3])}: their common divisor is {common}"
-        total = self._total()
+        total, said = self._total(), dict[tuple[str, str], str]()
         for (index, fqn), reason in self.why.items():
             count = sum(u.class_index == index for u in self.graph.units)
             if self._style(index, fqn) is None and self.layers[index][fqn].numel * count >= 0.01 * total:
-                yield f"{absolute(self.prefix[index], fqn)} stays whole: {reason}"
+                said.setdefault((fqn, reason), f"{absolute(self.prefix[index], fqn)} stays whole: {reason}")
+        yield from list(said.values())[:_REASONS]
 
 
 def absolute(prefix: str, fqn: str) -> str:

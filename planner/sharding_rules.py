@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..units import DTYPE_BYTES
 from .graph import Affine, Op, Ref, Tensor, UnitClass
@@ -42,13 +42,15 @@ class Whole:
 class Split:
     """Divided along `dim`, because of the layers `sources`.
 
-    `segments` are the sizes of a packed projection's parts while they are still in one tensor; `loss` marks
-    log-probabilities split over the classes.
+    `segments` are the sizes of a packed projection's parts while they are still in one tensor. `outer` > 1: the
+    dimension was merged from (outer, size / outer) and only the second is divided, as when (batch, heads) become
+    one for a batched product. `loss` marks log-probabilities split over the classes.
     """
 
     dim: int
     sources: frozenset[str]
     segments: tuple[int, ...] = ()
+    outer: int = 1
     loss: bool = False
 
 
@@ -64,11 +66,14 @@ State = Whole | Split | Weight
 
 
 class Conflict(Exception):
-    """A split that cannot go on: `modules` must change; `packed` are segment sizes that would help."""
+    """A split that cannot go on: `modules` must change, or whatever layers split `weight`.
 
-    def __init__(self, modules: frozenset[str], reason: str, packed: tuple[int, ...] = ()) -> None:
+    `packed` are segment sizes that would help.
+    """
+
+    def __init__(self, modules: frozenset[str], reason: str, packed: tuple[int, ...] = (), weight: str = "") -> None:
         super().__init__(reason)
-        self.modules, self.reason, self.packed = modules, reason, packed
+        self.modules, self.reason, self.packed, self.weight = modules, reason, packed, weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ class Interpreter:
         Layers that may be split.
     decisions : mapping of relative module FQN to Decision
     sharded : callable
-        Tells by absolute parameter name which layer (relative FQN, or any name outside the unit) splits it, or "".
+        Tells by absolute parameter name whether some layer splits it.
     names : sequence of str
         Absolute name of each tensor that is a parameter, "" otherwise.
     """
@@ -148,7 +153,7 @@ class Interpreter:
         cls: UnitClass,
         layers: Mapping[str, Layer],
         decisions: Mapping[str, Decision],
-        sharded: Callable[[str], str],
+        sharded: Callable[[str], bool],
         names: Sequence[str],
     ) -> None:
         self.cls, self.layers, self.decisions, self.sharded = cls, layers, decisions, sharded
@@ -199,14 +204,14 @@ class Interpreter:
     def _set(self, tensor: int, state: State, op: Op) -> None:
         self.out.states[tensor] = state
         if isinstance(state, Split):
-            sizes = state.segments or (self.sizes[tensor][state.dim],)
+            sizes = state.segments or (self.sizes[tensor][state.dim] // state.outer,)
             for size in sizes:
                 if size == 1:
                     raise Conflict(state.sources, "there is only one part to give")
                 self.out.limits.append((state.sources, size, self._label(op, size)))
 
     def _label(self, op: Op, size: int) -> str:
-        return f"{op.fqn.lstrip('/') or self.cls.module_type} ({size})"
+        return f"{op.fqn.strip('/') or self.cls.module_type} ({size})"
 
     def _inputs(self, op: Op) -> list[State]:
         return [self.out.states[t] for t in op.inputs]
@@ -234,14 +239,23 @@ class Interpreter:
             return self._cut(op, base, tensor, state)
         if state.segments:
             raise Conflict(sources, f"{base} runs before its packed parts are set apart")
+        if base in ("_log_softmax", "nll_loss_forward"):
+            return self._loss(op, base, state)
         if base in _POINTWISE:
             return [self._pointwise(op, sources, splits)] * n
         if base in ("transpose", "permute", "t", "unsqueeze", "squeeze", "expand"):
-            return [Split(self._moved(op, base, tensor, state.dim), sources)] * n
-        if base in ("_log_softmax", "nll_loss_forward"):
-            return self._loss(op, base, state)
+            return [replace(state, dim=self._moved(op, base, tensor, state.dim))] * n
+        if base in ("view_as_complex", "view_as_real") and state.dim < len(self.sizes[tensor]) - 1:
+            return [state]
         if base in _REDUCTIONS or base in _ALONG_DIM:
             return [self._along(op, base, tensor, state)] * n
+        if base == "bmm":
+            if len(splits) < len(op.inputs) or {(s.dim, s.outer) for _, s in splits} != {(0, state.outer)}:
+                raise Conflict(sources, "a batched product of split and whole tensors")
+            self.out.op_split[op.index] = "batch"
+            return [Split(0, sources, outer=state.outer)]
+        if state.outer > 1:
+            raise Conflict(sources, f"{base} on merged dimensions")
         if base in ("native_layer_norm", "_fused_rms_norm"):
             normalized = op.args[1]
             count = len(normalized) if isinstance(normalized, tuple) else 1
@@ -250,11 +264,6 @@ class Interpreter:
             return [Split(state.dim, sources)] * n
         if base in ("cat", "stack"):
             return [self._cat(op, base, sources, splits)]
-        if base in ("bmm", "baddbmm"):
-            if len(splits) < 2 or any(s.dim != 0 or s.segments for _, s in splits):
-                raise Conflict(sources, "a batched product of split and whole tensors")
-            self.out.op_split[op.index] = "batch"
-            return [Split(0, sources)] * n
         raise Conflict(sources, f"{base} has no rule for split tensors")
 
     def _whole(self, op: Op, base: str) -> list[State]:
@@ -263,10 +272,9 @@ class Interpreter:
         if weights and base in ("t", "transpose", "alias", "detach"):
             return [Weight(weights[0].name, weights[0].transposed != (base in ("t", "transpose")))]
         for weight in weights:
-            layer = self.sharded(weight.name)
             own = weight.name.endswith(".bias") and op.fqn in self.layers  # added after a gathered product
-            if layer and not own:
-                raise Conflict(frozenset({layer}), f"{base} uses its weight directly")
+            if not own and self.sharded(weight.name):
+                raise Conflict(frozenset(), f"{base} uses its weight directly", weight=weight.name)
         if base == "_log_softmax":
             self.out.whole_loss = True
         inputs = [s for s in self._inputs(op) if isinstance(s, Whole)]
@@ -283,9 +291,10 @@ class Interpreter:
         known = layer is not None and isinstance(weight, Weight) and weight.name == layer.weight
         if not known or layer is None:
             blamed = frozenset[str]().union(*(s.sources for _, s in self._splits(op)))
-            other = self.sharded(weight.name) if isinstance(weight, Weight) else ""
-            if blamed or other:
-                raise Conflict(blamed or frozenset({other}), "a product with a weight that is no plain layer's own")
+            reason = "a product with a weight that is no plain layer's own"
+            if blamed:
+                raise Conflict(blamed, reason)
+            self._refuse_split_weight(weight, reason)
             return Whole()
         decision = self.decisions[op.fqn]
         if isinstance(state, Split):
@@ -308,7 +317,7 @@ class Interpreter:
         self.out.columns.add(op.fqn)
         if decision.style == "gather":
             self.out.consumed.add(op.fqn)
-            self.out.limits.append((frozenset({op.fqn}), layer.out_features, f"{op.fqn} ({layer.out_features})"))
+            self.out.limits.append((frozenset({op.fqn}), layer.out_features, self._label(op, layer.out_features)))
             n_bytes = tensor_bytes(self.cls.tensors[op.outputs[0]])
             self.out.collectives.append(Collective("forward", "all_gather", n_bytes, op.fqn))
             return Whole()
@@ -318,17 +327,19 @@ class Interpreter:
         weight = self.out.states[op.inputs[0]]
         layer = self.layers.get(op.fqn)
         if not isinstance(weight, Weight) or layer is None or layer.kind != "embedding":
-            other = self.sharded(weight.name) if isinstance(weight, Weight) else ""
-            if other:
-                raise Conflict(frozenset({other}), "an embedding that is no plain layer reads its weight")
+            self._refuse_split_weight(weight, "an embedding that is no plain layer reads its weight")
             return Whole()
         if self.decisions[op.fqn].style != "vocab":
             return Whole()
-        self.out.limits.append((frozenset({op.fqn}), layer.out_features, f"{op.fqn} ({layer.out_features})"))
+        self.out.limits.append((frozenset({op.fqn}), layer.out_features, self._label(op, layer.out_features)))
         self.out.op_split[op.index] = "elements"
         n_bytes = tensor_bytes(self.cls.tensors[op.outputs[0]])
         self.out.collectives.append(Collective("forward", "all_reduce", n_bytes, op.fqn))
         return Whole()
+
+    def _refuse_split_weight(self, state: State, reason: str) -> None:
+        if isinstance(state, Weight) and self.sharded(state.name):
+            raise Conflict(frozenset(), reason, weight=state.name)
 
     def _attention(self, op: Op) -> list[State]:
         query, key, value = op.inputs[0], op.inputs[min(1, len(op.inputs) - 1)], op.inputs[min(2, len(op.inputs) - 1)]
@@ -359,18 +370,18 @@ class Interpreter:
 
     def _pointwise(self, op: Op, sources: frozenset[str], splits: list[tuple[int, Split]]) -> State:
         rank = max(len(self.sizes[t]) for t in op.inputs)
-        places = {state.dim + rank - len(self.sizes[t]) for t, state in splits}
+        places = {(state.dim + rank - len(self.sizes[t]), state.outer) for t, state in splits}
         if len(places) != 1 or any(s.segments or s.loss for _, s in splits):
             raise Conflict(sources, "element-wise on tensors that are split differently")
-        place = places.pop()
+        place, outer = places.pop()
         for tensor in op.inputs:
             state = self.out.states[tensor]
             own = place - (rank - len(self.sizes[tensor]))
             if isinstance(state, Split) or own < 0 or self.sizes[tensor][own] == 1:
                 continue
-            if isinstance(state, Whole) and self.cls.tensors[tensor].requires_grad:
+            if isinstance(state, Whole) and (self.cls.tensors[tensor].requires_grad or outer > 1):
                 raise Conflict(self._smaller(sources, state.summed_from), "it meets a whole activation of its size")
-        return Split(place, sources)
+        return Split(place, sources, outer=outer)
 
     def _smaller(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
         """Which of two groups of layers to give up: the one with fewer parameters."""
@@ -380,30 +391,21 @@ class Interpreter:
         return one if weigh[one] < weigh[other] else other
 
     def _view(self, op: Op, tensor: int, state: Split) -> State:
-        before, after = self.sizes[tensor], self.sizes[op.outputs[0]]
+        before, after, dim = self.sizes[tensor], self.sizes[op.outputs[0]], state.dim
         if state.segments:
             return self._packed_view(op, state, before, after)
-        i = j = 0
-        while i < len(before) and j < len(after):
-            start_i, start_j = i, j
-            left, right = before[i], after[j]
-            i, j = i + 1, j + 1
-            while left != right:
-                if left < right:
-                    left, i = left * before[i], i + 1
-                else:
-                    right, j = right * after[j], j + 1
-            while i < len(before) and before[i] == 1 and i + 1 >= len(before):
-                i += 1
-            while j < len(after) and after[j] == 1 and j + 1 >= len(after):
-                j += 1
-            if start_i <= state.dim < i:
-                first = next((d for d in range(start_i, i) if before[d] != 1), state.dim)
-                target = next((d for d in range(start_j, j) if after[d] != 1), start_j)
-                if first != state.dim:
-                    raise Conflict(state.sources, "a view merges it into another dimension")
-                return Split(target, state.sources)
-        raise Conflict(state.sources, "a view that cannot be followed")
+        if state.outer > 1:
+            before = (*before[:dim], state.outer, before[dim] // state.outer, *before[dim + 1 :])
+            dim += 1
+        # The split dimension starts after `lead` elements; it goes on where the new shape has counted as many.
+        lead, target, counted = math.prod(before[:dim]), 0, 1
+        while target < len(after) and lead % (counted * after[target]) == 0:
+            counted *= after[target]
+            target += 1
+        outer = lead // counted
+        if target == len(after) or after[target] % outer:
+            raise Conflict(state.sources, "a view merges it into another dimension")
+        return Split(target, state.sources, outer=outer)
 
     def _packed_view(self, op: Op, state: Split, before: tuple[int, ...], after: tuple[int, ...]) -> State:
         segments, dim = state.segments, state.dim
@@ -429,7 +431,7 @@ class Interpreter:
             moved = state.dim - (drop and dim < state.dim)
             if state.segments:
                 raise Conflict(state.sources, f"{base} runs before its packed parts are set apart")
-            return [Split(moved, state.sources)] * len(op.outputs)
+            return [replace(state, dim=moved)] * len(op.outputs)
         if base == "slice" and self.sizes[op.outputs[0]][dim] == size:
             return [state]
         parts = self._parts(op, base, tensor, dim)
@@ -493,7 +495,7 @@ class Interpreter:
         if state.dim in dims:
             raise Conflict(state.sources, f"{base} needs the whole dimension")
         kept = len(self.sizes[op.outputs[0]]) == rank
-        return Split(state.dim if kept else state.dim - sum(d < state.dim for d in dims), state.sources)
+        return replace(state, dim=state.dim if kept else state.dim - sum(d < state.dim for d in dims))
 
     def _loss(self, op: Op, base: str, state: Split) -> list[State]:
         if base == "nll_loss_forward":

@@ -7,22 +7,16 @@ Calls without DTensors pass through untouched.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..errors import ModelError
 
-_torch_attention = F.scaled_dot_product_attention
-# (namespace, name) of every caller: a property of this process's modules, like sys.modules itself.
-_callers: list[tuple[dict[str, Any], str]] = []
+torch_attention = F.scaled_dot_product_attention
 
 
 def attention_on_local_heads(
@@ -53,18 +47,18 @@ def attention_on_local_heads(
     }
     operands = [t for t in (query, key, value, attn_mask) if isinstance(t, DTensor)]
     if not operands:
-        return _torch_attention(query, key, value, attn_mask, **options)
+        return torch_attention(query, key, value, attn_mask, **options)
     mesh = operands[0].device_mesh
     heads_dim = query.ndim - 3
     sharded = isinstance(query, DTensor) and query.placements == (Shard(heads_dim),)
     if not sharded:
         plain: list[Any] = [None if t is None else _replicated(t) for t in (query, key, value, attn_mask)]
-        out = _torch_attention(plain[0], plain[1], plain[2], plain[3], **options)
+        out = torch_attention(plain[0], plain[1], plain[2], plain[3], **options)
         return DTensor.from_local(out, mesh, [Replicate()], run_check=False)
     heads = query.shape[heads_dim]
     mask = None if attn_mask is None else _local_mask(attn_mask, heads, mesh)
     local = [_local_heads(t, heads, mesh) for t in (query, key, value)]
-    out = _torch_attention(local[0], local[1], local[2], mask, **options)
+    out = torch_attention(local[0], local[1], local[2], mask, **options)
     return DTensor.from_local(out, mesh, [Shard(heads_dim)], run_check=False)
 
 
@@ -113,34 +107,3 @@ def _local_mask(mask: torch.Tensor, heads: int, mesh: DeviceMesh) -> torch.Tenso
     if dim < 0 or mask.shape[dim] == 1:
         return mask
     return mask.narrow(dim, *_heads_of_rank(mask.shape[dim], heads, mesh))
-
-
-def find_attention_callers(model: nn.Module) -> None:
-    """Note every name that stands for `scaled_dot_product_attention`: torch's own, and those imported before."""
-    spaces = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
-    # A model file may be loaded without an entry in sys.modules: its functions still know their globals.
-    for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
-        spaces += [f.__globals__ for f in vars(kind).values() if hasattr(f, "__globals__")]
-    for space in spaces:
-        owner = str(space.get("__name__", ""))
-        if owner == __name__ or owner.startswith("torch._"):
-            continue
-        names = [name for name, value in list(space.items()) if value is _torch_attention]
-        _callers.extend((space, name) for name in names if not _is_known(space, name))
-
-
-def _is_known(space: dict[str, Any], name: str) -> bool:
-    return any(known is space and name == known_name for known, known_name in _callers)
-
-
-@contextmanager
-def sharded_attention() -> Iterator[None]:
-    """Inside, the callers that `find_attention_callers` noted reach `attention_on_local_heads`."""
-    replaced = [(space, name) for space, name in _callers if space.get(name) is _torch_attention]
-    try:
-        for space, name in replaced:
-            space[name] = attention_on_local_heads
-        yield
-    finally:
-        for space, name in replaced:
-            space[name] = _torch_attention

@@ -21,10 +21,9 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.placement_types import Placement
@@ -32,8 +31,8 @@ from torch.utils._pytree import tree_map
 
 from ..errors import PlanFileError
 from ..planner.plan import ModuleStyle, TensorParallelSection
-from .attention import find_attention_callers, sharded_attention
 from .full_tensors import part_of_rank, shard_dim
+from .interpose import find_names, interposed
 from .local_region import runs_locally, use_local_region
 from .packed import PackedOutput
 
@@ -80,7 +79,7 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
             module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
-    find_attention_callers(model)
+    find_names(model)
 
 
 @contextmanager
@@ -92,7 +91,7 @@ def step_context(section: TensorParallelSection) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(implicit_replication())
-        stack.enter_context(sharded_attention())
+        stack.enter_context(interposed())
         if section.loss_parallel:
             stack.enter_context(loss_parallel())
         yield
@@ -161,8 +160,7 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
             use_local_region(module, mesh)
         return
     if style.style == "vocab":
-        _use_vocab_parallel(module, fqn, mesh)
-        return
+        return  # embedding_on_local_rows sees the sharded weight
     wanted = Shard(-1) if style.style == "row" else Replicate()
     module.register_forward_pre_hook(partial(_place_input, mesh, wanted))
     if style.style == "packed":
@@ -225,36 +223,3 @@ def _replicate_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
 
 def _pack_output(fqn: str, sizes: tuple[int, ...], module: nn.Module, args: Any, output: DTensor) -> PackedOutput:
     return PackedOutput(output.to_local(), output.device_mesh, output.ndim - 1, sizes, fqn)
-
-
-def _use_vocab_parallel(module: nn.Module, fqn: str, mesh: DeviceMesh) -> None:
-    """Give an embedding with sharded rows its own forward.
-
-    DTensor's rule is not used: it compares `padding_idx` with local rows, so that rank r > 0 would drop the
-    gradient of a real token.
-    """
-    if (
-        not isinstance(module, nn.Embedding)
-        or module.max_norm is not None
-        or module.sparse
-        or module.scale_grad_by_freq
-    ):
-        raise PlanFileError(
-            f"{fqn} has the style vocab, but is no plain nn.Embedding.", "Plan again with `tpplan suggest`."
-        )
-    module.forward = partial(_vocab_parallel_embedding, module, mesh)  # type: ignore[method-assign]
-
-
-def _vocab_parallel_embedding(module: nn.Embedding, mesh: DeviceMesh, input: torch.Tensor) -> DTensor:
-    """Rows of this rank, zero for the tokens of other ranks, summed over tp."""
-    ids = input.redistribute(placements=[Replicate()]).to_local() if isinstance(input, DTensor) else input
-    weight = module.weight
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    first = mesh.get_local_rank() * local.shape[0]
-    mine = (ids >= first) & (ids < first + local.shape[0])
-    rows = F.embedding((ids - first) * mine, local)
-    keep = mine if module.padding_idx is None else mine & (ids != module.padding_idx)
-    # A padding row is used forward but gets no gradient.
-    value = torch.where(keep.unsqueeze(-1), rows, (rows * mine.unsqueeze(-1)).detach())
-    summed = DTensor.from_local(value, mesh, [Partial()], run_check=False)
-    return summed.redistribute(placements=[Replicate()])

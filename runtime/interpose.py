@@ -1,0 +1,51 @@
+"""Torch functions that a sharded step runs in tpplan's own way: found by every name that stands for them.
+
+A user's file may call `F.embedding` or have imported `embedding` by name; both are the same function object.
+The names are noted once a model, and replaced only inside `interposed()`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .attention import attention_on_local_heads, torch_attention
+from .vocabulary import embedding_on_local_rows, torch_embedding
+
+_OWN = {id(torch_attention): attention_on_local_heads, id(torch_embedding): embedding_on_local_rows}
+# (namespace, name, torch's function): a property of this process's modules, like sys.modules itself.
+_names: list[tuple[dict[str, Any], str, Any]] = []
+
+
+def find_names(model: nn.Module) -> None:
+    """Note every name by which this process's modules, and the code of `model`, know the functions."""
+    spaces = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
+    # A model file may be loaded without an entry in sys.modules: its functions still know their globals.
+    for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+        spaces += [f.__globals__ for f in vars(kind).values() if hasattr(f, "__globals__")]
+    known = {(id(space), name) for space, name, _ in _names}
+    for space in spaces:
+        owner = str(space.get("__name__", ""))
+        if owner.startswith(("torch._", __package__ or "tpplan.runtime")):
+            continue
+        for name, value in list(space.items()):
+            if id(value) in _OWN and (id(space), name) not in known:
+                known.add((id(space), name))
+                _names.append((space, name, value))
+
+
+@contextmanager
+def interposed() -> Iterator[None]:
+    """Inside, the noted names stand for tpplan's functions; without DTensors those call torch's own."""
+    replaced = [entry for entry in _names if entry[0].get(entry[1]) is entry[2]]
+    try:
+        for space, name, function in replaced:
+            space[name] = _OWN[id(function)]
+        yield
+    finally:
+        for space, name, function in replaced:
+            space[name] = function
