@@ -39,8 +39,12 @@ class Run:
     dropout: tuple[str, ...]
 
 
-class _Attention(TorchFunctionMode):
-    """Keeps scaled-dot-product attention one operator: the CPU kernel has no dropout, so it is noted, not drawn."""
+class _Steady(TorchFunctionMode):
+    """Keeps the trace independent of chance: attention without dropout, layer-drop that drops no layer.
+
+    Attention stays one operator only without dropout on the CPU; GPUs draw it inside the kernel. A draw of one
+    number decides whether a layer runs (layer-drop keeps the layer when it is large).
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -48,16 +52,23 @@ class _Attention(TorchFunctionMode):
         self.dropout: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, attention without its dropout."""
+        """Call `func` without chance."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-            if p:
-                call = self.recorder.current_call
-                self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
-                args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-                kwargs.update({} if len(args) > 4 else {"dropout_p": 0.0})
-        return func(*args, **kwargs)
+            args = self._without_dropout(args, kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.rand and result.dim() == 0:
+            return torch.ones_like(result)
+        return result
+
+    def _without_dropout(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
+            call = self.recorder.current_call
+            self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
+            if len(args) > 4:
+                return (*args[:4], 0.0, *args[5:])
+            kwargs["dropout_p"] = 0.0
+        return args
 
 
 @contextlib.contextmanager
@@ -111,24 +122,24 @@ def run_once(
     for name, tensor in model.named_buffers():
         recorder.register(tensor, "buffer", name)
     replayer = Replayer(stand_in.repeated, recorder, stand_in.empty)
-    attention = _Attention(recorder)
+    steady = _Steady(recorder)
     with _random_state():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
         with _quiet_torch(), user_code("", target._source.folder), _blaming(target):
-            _forward_backward(recorder, replayer, attention, target, inputs, full)
+            _forward_backward(recorder, replayer, steady, target, inputs, full)
     for parameter in model.parameters():
         parameter.grad = None
     spans = build_chain(recorder.recording, expandable(model, stand_in.repeated))
     folded = fold(recorder.recording, spans, parameters)
-    return Run(recorder.recording, spans, folded, named, replayer.replayed, tuple(attention.dropout))
+    return Run(recorder.recording, spans, folded, named, replayer.replayed, tuple(steady.dropout))
 
 
 def _forward_backward(
-    recorder: Recorder, replayer: Replayer, attention: _Attention, target: Target, inputs: Inputs, full: bool
+    recorder: Recorder, replayer: Replayer, steady: _Steady, target: Target, inputs: Inputs, full: bool
 ) -> None:
     model = recorder.model
-    with recorder.watch(), attention:
+    with recorder.watch(), steady:
         if full:
             output = model(*inputs.args, **inputs.kwargs)
         else:

@@ -82,23 +82,42 @@ def groups(modules: Sequence[nn.Module]) -> list[list[int]]:
 
 
 def repeated_lists(model: nn.Module) -> dict[str, list[list[nn.Module]]]:
-    """Outermost lists with at least two equal members: FQN of the list -> groups of equal members.
+    """Outermost lists of blocks: FQN of the list -> groups of equal members.
 
-    A member of such a list is one block: lists inside it are not looked at.
+    A list holds blocks if two members are equal but for floats (rates of stochastic depth), or if two are of one
+    type with submodules of its own and none holds such a list itself. A member of such a list is one block: lists
+    inside it are not looked at.
     """
     found: dict[str, list[list[nn.Module]]] = {}
 
     def walk(module: nn.Module, fqn: str) -> None:
-        inside: set[int] = set()
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1:
-            members = list(module.children())
-            equal_members = [[members[i] for i in g] for g in groups(members)]
-            if any(len(g) > 1 for g in equal_members):
-                found[fqn] = equal_members
-                inside = {id(m) for m in members}
+        members = list(module.children())
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and _holds_blocks(members):
+            found[fqn] = [[members[i] for i in g] for g in groups(members)]
+            return
         for name, child in module.named_children():
-            if id(child) not in inside:
-                walk(child, f"{fqn}.{name}" if fqn else name)
+            walk(child, f"{fqn}.{name}" if fqn else name)
 
     walk(model, "")
     return found
+
+
+def _holds_blocks(members: Sequence[nn.Module]) -> bool:
+    if len(members) < 2:
+        return False
+    loose = [[0.0 if isinstance(x, float) else x for x in signature(m)] for m in members]
+    for i in range(len(members)):
+        if any(equal(loose[j], j, loose[i], i) for j in range(i)):
+            return True
+    composite = [type(m) for m in members if any(True for _ in m.children())]
+    return len(set(composite)) < len(composite) and not any(_holds_lists(m) for m in members)
+
+
+def _holds_lists(module: nn.Module) -> bool:
+    """Whether a list of modules that have submodules is somewhere inside."""
+    for inner in module.modules():
+        if isinstance(inner, (nn.Sequential, nn.ModuleList)):
+            composite = [type(m) for m in inner.children() if any(True for _ in m.children())]
+            if len(set(composite)) < len(composite):
+                return True
+    return False
