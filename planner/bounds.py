@@ -84,17 +84,38 @@ def _layer_work(layer: Layer, m: int) -> float:
     return min(c.forward_s + c.backward_s for c in layer.choices)
 
 
+def memory_floor(problem: Problem) -> float:
+    """Lower bound of the least limit under which anything fits [B].
+
+    Every stage keeps at least min_s x_s microbatches, so the pp stages together hold at least
+    sum over layers of min over choices of static + min_s x_s saved; the largest stage holds at least the mean.
+    """
+    x = min(in_flight_microbatches(problem.schedule, problem.stages, problem.microbatches))
+    known: dict[int, int] = {}
+    total = 0
+    for layer in problem.layers:
+        value = known.get(id(layer))
+        if value is None:
+            value = known[id(layer)] = min(c.static_bytes + x * c.saved_bytes for c in layer.choices)
+        total += value
+    return total / problem.stages + problem.stage_fixed_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A problem's layers as arrays; n layers, k choices (short ones repeat their first), p legal positions.
+    """A problem's layers as arrays.
 
+    n layers, of which d distinct ones with k choices (short ones repeat their first), p legal positions.
+
+    index : (n,) which distinct layer
     positions : (p,) 0, the positions behind legal cuts, n
-    work, once, static, saved, transient : (n, k) f + v and first + last + tail [s]; bytes
+    work, once, static, saved, transient : (d, k) f + v and first + last + tail [s]; bytes
     extra, tail, forward : (p,) prefix sums over layers of the least first + last, tail and f at each position
     send, cut : (p,) transfer [s] and kept bytes of a cut at each position
     peak : (p, p) largest over layers i..j of the least transient
     """
 
+    index: np.ndarray
     positions: np.ndarray
     work: np.ndarray
     once: np.ndarray
@@ -138,25 +159,26 @@ def chain_arrays(layers: Sequence[Layer]) -> Chain:
             for layer in unique
         ],
         dtype=np.float64,
-    )[index]
+    )
     n = len(layers)
     positions = np.array([0, *(i + 1 for i in range(n - 1) if layers[i].cut_after), n])
     f, v, first, last, tail, static, saved, transient = np.moveaxis(numbers, 2, 0)
     inner = [layers[p - 1] for p in positions[1:-1]]
-    least = np.maximum.reduceat(transient.min(1), positions[:-1])
+    chain = np.array(index)
+    least = np.maximum.reduceat(transient.min(1)[chain], positions[:-1])
     peak = np.zeros((len(positions), len(positions)))
-    for i in range(len(least)):
-        peak[i, i + 1 :] = np.maximum.accumulate(least[i:])
+    peak[:-1, 1:] = np.maximum.accumulate(np.triu(np.broadcast_to(least, (len(least), len(least)))), axis=1)
     return Chain(
+        index=chain,
         positions=positions,
         work=f + v,
         once=first + last + tail,
         static=static,
         saved=saved,
         transient=transient,
-        extra=_prefix((first + last).min(1), positions),
-        tail=_prefix(tail.min(1), positions),
-        forward=_prefix(f.min(1), positions),
+        extra=_prefix((first + last).min(1)[chain], positions),
+        tail=_prefix(tail.min(1)[chain], positions),
+        forward=_prefix(f.min(1)[chain], positions),
         send=np.array([0.0, *(layer.send_s for layer in inner), 0.0]),
         cut=np.array([0.0, *(float(layer.cut_bytes) for layer in inner), 0.0]),
         peak=peak,
@@ -185,7 +207,7 @@ def stage_work(
 
     Parameters
     ----------
-    times : (n, k) array
+    times : (d, k) array
         Seconds of each choice that the bound sums up.
     in_flight : int
         x: memory of a choice is static + x saved.
@@ -198,7 +220,7 @@ def stage_work(
     room = capacity - in_flight * chain.cut[rows, None] - chain.peak[rows, cols]
 
     def between(values: np.ndarray) -> np.ndarray:
-        sums = _prefix(values, chain.positions)
+        sums = _prefix(values[chain.index], chain.positions)
         return sums[None, cols] - sums[rows, None]
 
     bound = between(times.min(1))
@@ -316,7 +338,9 @@ def relax(problem: Problem, chain: Chain) -> Relaxation:
     total = float((before[-1][:, None] + works[-1]).min())
     bare = _least_before(works, np.zeros_like(chain.send))
     lb1 = _mixture_bound(problem, chain, float((bare[-1][:, None] + works[-1]).min()), total)
-    return Relaxation(lb1 * (1 - ROUNDING) + problem.step_fixed_s, float(_worst(costs)[-1][0]), costs, chain.positions)
+    return Relaxation(
+        float(lb1) * (1 - ROUNDING) + problem.step_fixed_s, float(_worst(costs)[-1][0]), costs, chain.positions
+    )
 
 
 def _mixture_bound(problem: Problem, chain: Chain, bare: float, total: float) -> float:
@@ -387,7 +411,7 @@ def least_memory(problem: Problem, chain: Chain) -> tuple[int, int]:
         memory = (chain.static + x * chain.saved).astype(np.int64)
         need = np.full((len(order[rows]), len(order[cols])), far)
         for level in levels:
-            cheapest = np.where(chain.transient <= level, memory, far).min(1)
+            cheapest = np.where(chain.transient <= level, memory, far).min(1)[chain.index]
             sums = np.concatenate((np.zeros(1, np.int64), np.cumsum(cheapest)))[chain.positions]
             np.minimum(need, sums[None, cols] - sums[rows, None] + np.int64(level), out=need)
         need += (x * chain.cut[rows, None]).astype(np.int64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,11 @@ def run_cbc(
 ) -> Outcome:
     """Solve with the CBC that PuLP brings; its bound is known only when it proves optimality (gap 0)."""
     del gap  # PuLP does not read CBC's dual bound, so every solve goes to the end
-    status = model.solve(pulp.PULP_CBC_CMD(mip=not relax, msg=False, threads=1, gapRel=0.0, timeLimit=time_limit_s))
+    with warnings.catch_warnings():
+        # PuLP 4 will ship CBC as an extra; until then this is its name.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        solver = pulp.PULP_CBC_CMD(mip=not relax, msg=False, threads=1, gapRel=0.0, timeLimit=time_limit_s)
+    status = model.solve(solver)
     if status == pulp.LpStatusInfeasible:
         return Outcome("infeasible", float("inf"), False)
     if status == pulp.LpStatusOptimal and model.sol_status == pulp.LpSolutionOptimal:

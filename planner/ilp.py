@@ -138,17 +138,17 @@ def build(
         For each stage the range of positions at which it may end; the last is (n, n).
     """
     model = pulp.LpProblem("tpplan", pulp.LpMinimize)
-    step = pulp.LpVariable("T", lowBound=0)
-    variables = _variables(problem, runs, windows)
-    times = {(s, name): pulp.LpVariable(f"{name}_{s}", lowBound=0) for s in range(problem.stages) for name in TIMES}
-    short = pulp.LpVariable("shortfall", lowBound=0) if slack else None
+    step = model.add_variable("T", lowBound=0)
+    variables = _variables(model, runs, windows)
+    times = {(s, name): model.add_variable(f"{name}_{s}", lowBound=0) for s in range(problem.stages) for name in TIMES}
+    short = model.add_variable("shortfall", lowBound=0) if slack else None
     model.setObjective(pulp.LpAffineExpression({short if short is not None else step: 1.0}))
     rows = [
         assign_rows(problem, runs, variables),
         position_rows(problem, runs, variables),
         order_rows(problem, runs, variables),
         cut_rows(problem, runs, variables),
-        memory_rows(problem, runs, variables, scale, short),
+        memory_rows(problem, model, runs, variables, scale, short),
         time_rows(problem, runs, variables, times, scale),
     ]
     for family in rows:
@@ -163,11 +163,11 @@ def add_row(model: pulp.LpProblem, row: Row) -> None:
     model.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), sense, name, rhs))
 
 
-def _variables(problem: Problem, runs: tuple[Run, ...], windows: Sequence[tuple[int, int]]) -> _Variables:
+def _variables(model: pulp.LpProblem, runs: tuple[Run, ...], windows: Sequence[tuple[int, int]]) -> _Variables:
     """Variables where the windows leave something to decide, constants elsewhere."""
     out = _Variables({}, {}, {}, {}, tuple(windows))
     for s, (low, high) in enumerate(windows):
-        out.b[s] = low if low == high else pulp.LpVariable(f"b_{s}", low, high, pulp.LpInteger)
+        out.b[s] = low if low == high else model.add_variable(f"b_{s}", low, high, pulp.LpInteger)
         before = windows[s - 1][0] if s else 0
         for r, run in enumerate(runs):
             if high <= run.start or low >= run.end:
@@ -175,16 +175,16 @@ def _variables(problem: Problem, runs: tuple[Run, ...], windows: Sequence[tuple[
             else:
                 most = min(run.count, high - run.start)
                 least = max(0, low - run.start)
-                out.c[s, r] = pulp.LpVariable(f"c_{s}_{r}", least, most, pulp.LpInteger)
+                out.c[s, r] = model.add_variable(f"c_{s}_{r}", least, most, pulp.LpInteger)
             if low > run.start or high <= run.start:
                 out.g[s, r] = int(low > run.start)
             elif run.count == 1:
                 out.g[s, r] = out.c[s, r]
             else:
-                out.g[s, r] = pulp.LpVariable(f"g_{s}_{r}", 0, 1, pulp.LpInteger)
+                out.g[s, r] = model.add_variable(f"g_{s}_{r}", 0, 1, pulp.LpInteger)
             if high > run.start and before < run.end:
                 for o in run.options:
-                    out.q[s, r, o] = pulp.LpVariable(f"q_{s}_{r}_{o}", 0, run.count, pulp.LpInteger)
+                    out.q[s, r, o] = model.add_variable(f"q_{s}_{r}_{o}", 0, run.count, pulp.LpInteger)
     return out
 
 
@@ -241,7 +241,12 @@ def cut_rows(problem: Problem, runs: tuple[Run, ...], v: _Variables) -> Iterator
 
 
 def memory_rows(
-    problem: Problem, runs: tuple[Run, ...], v: _Variables, scale: Scale, short: pulp.LpVariable | None
+    problem: Problem,
+    model: pulp.LpProblem,
+    runs: tuple[Run, ...],
+    v: _Variables,
+    scale: Scale,
+    short: pulp.LpVariable | None,
 ) -> Iterator[Row]:
     """sum (static + x_s saved) q + x_s sum_r cut_r l[s-1, r] + transient_s <= cap (+ shortfall)."""
     in_flight = in_flight_microbatches(problem.schedule, problem.stages, problem.microbatches)
@@ -254,7 +259,7 @@ def memory_rows(
                 terms.append((v.q[s, r, o], size * scale.memory))
             if s and run.layer.cut_bytes:
                 terms += _ends_in(v, s - 1, r, runs, x * run.layer.cut_bytes * scale.memory)
-        lowest, steps, rows = transient_rows(runs, v, s, scale)
+        lowest, steps, rows = transient_rows(model, runs, v, s, scale)
         yield from rows
         if short is not None:
             terms.append((short, -1.0))
@@ -269,7 +274,7 @@ def _held(v: _Variables, s: int, r: int, run: Run) -> Iterator[tuple[int, Choice
 
 
 def transient_rows(
-    runs: tuple[Run, ...], v: _Variables, s: int, scale: Scale
+    model: pulp.LpProblem, runs: tuple[Run, ...], v: _Variables, s: int, scale: Scale
 ) -> tuple[float, list[tuple[pulp.LpVariable, float]], list[Row]]:
     """The stage's largest transient as lowest + sum_k (t_k - t_k-1) y[s, k].
 
@@ -281,7 +286,7 @@ def transient_rows(
     least = {r: min(transient for _, transient in options) for r, options in held.items() if options}
     lowest = max((least[r] for r in least if v.surely_held(s, runs[r])), default=min(least.values()))
     levels = sorted({transient for options in held.values() for _, transient in options if transient > lowest})
-    y = {level: pulp.LpVariable(f"y_{s}_{level}", 0, 1, pulp.LpInteger) for level in levels}
+    y = {level: model.add_variable(f"y_{s}_{level}", 0, 1, pulp.LpInteger) for level in levels}
     terms = [(y[level], (level - below) * scale.memory) for below, level in pairwise([lowest, *levels])]
     rows = [_row(f"nested_{s}_{b}", [(y[a], 1.0), (y[b], -1.0)], GE, 0) for a, b in pairwise(levels)]
     for r, options in held.items():

@@ -117,6 +117,7 @@ def search(
         state.relax_all()
         state.solve_rest()
         state.settle()
+        state.report()
     except (KeyboardInterrupt, _OutOfTime):
         interrupted = True
     return state.result(interrupted)
@@ -132,7 +133,7 @@ class _OutOfTime(Exception):
 
 @dataclass(slots=True)
 class _Entry:
-    """One candidate's state; `proof` names where its bound comes from."""
+    """One candidate's state; `proof` names where its bound comes from, `closed` says that it was solved."""
 
     key: tuple
     build: Callable[[], Problem]
@@ -141,6 +142,7 @@ class _Entry:
     bound_s: float = 0.0
     proof: str = ""
     best: Ranked | None = None
+    closed: bool = False
 
 
 @dataclass(slots=True)
@@ -196,10 +198,8 @@ class _Search:
 
     def solve_rest(self) -> None:
         """Exact solves, least bound first, until all open bounds reach the target."""
-        while True:
-            entry = min(self.entries, key=lambda e: (e.bound_s, e.key))
-            if entry.bound_s >= self.target_s or entry.bound_s == inf:
-                break
+        while entries := [e for e in self.entries if not e.closed and e.bound_s < self.target_s]:
+            entry = min(entries, key=lambda e: (e.bound_s, e.key))
             self.check_time()
             self.solve_exactly(entry, self.limit_s, self.gap)
             self.report()
@@ -221,6 +221,7 @@ class _Search:
         target_s = limit_s * (1 - gap)
         windows = self.relaxation(entry).windows(target_s)
         if not windows:
+            entry.closed = True
             if target_s > entry.bound_s:
                 entry.bound_s, entry.proof = target_s, "lb2"
             return
@@ -234,6 +235,7 @@ class _Search:
             self.offer(entry, solution.assignment)
         if solution.status == "feasible":
             raise _OutOfTime
+        entry.closed = True
 
     def offer(self, entry: _Entry, assignment: Assignment) -> None:
         """Simulate a plan and rank it if it fits."""
@@ -277,7 +279,7 @@ class _Search:
         """Tell the caller where the search stands."""
         if self.on_progress is not None:
             bound = min(e.bound_s for e in self.entries)
-            done = sum(e.bound_s >= self.target_s for e in self.entries)
+            done = sum(e.closed or e.bound_s >= self.target_s for e in self.entries)
             best = self.ranking[0].evaluation.step_time_s if self.ranking else inf
             self.on_progress(Progress(best, bound, _gap(best, bound), done, len(self.entries)))
 

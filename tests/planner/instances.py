@@ -31,8 +31,8 @@ def random_layer(rng: random.Random, kind: int) -> Layer:
 
 
 def random_problem(rng: random.Random, max_layers: int = 6) -> Problem:
-    """Up to six layers of mixed kinds on up to three stages, some cuts illegal, memory unlimited."""
-    n = rng.randint(1, max_layers)
+    """Three layers or more of mixed kinds on up to three stages, some cuts illegal, memory unlimited."""
+    n = rng.randint(min(3, max_layers), max_layers)
     kinds = [random_layer(rng, kind) for kind in range(rng.randint(1, n))]
     order = [rng.randrange(len(kinds)) for _ in range(n)]
     if rng.random() < 0.6:
@@ -40,7 +40,7 @@ def random_problem(rng: random.Random, max_layers: int = 6) -> Problem:
     layers = [replace(kinds[k], cut_after=rng.random() >= 0.15) for k in order]
     return Problem(
         tuple(layers),
-        stages=rng.randint(1, min(n, 3)),
+        stages=rng.choice([1, 2, 2, 3, 3]),
         microbatches=rng.randint(1, 6),
         schedule=rng.choice(["1f1b", "gpipe"]),
         memory_bytes=10**9,

@@ -1,0 +1,120 @@
+"""Bounds are bounds: against brute force with tight, loose and infinite targets, and against the simulator."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from math import inf
+
+import pytest
+from instances import every, random_limit, random_problem
+from tpplan.costmodels.schedules import SCHEDULES, StageTimes, simulate
+from tpplan.planner.bounds import chain_arrays, lb0, least_memory, memory_floor, mixture, relax
+from tpplan.planner.problem import Choice, Layer, Problem
+
+
+def cases(count: int) -> list[tuple[Problem, dict, list[int]]]:
+    """Random problems under random limits, with what every feasible assignment costs and all peaks."""
+    out = []
+    for seed in range(count):
+        rng = random.Random(10_000 + seed)
+        problem = random_problem(rng, 5)
+        evaluations = list(every(problem))
+        if not evaluations:
+            continue
+        peaks = sorted(max(e.stage_bytes) for _, e in evaluations)
+        problem = replace(problem, memory_bytes=random_limit(rng, peaks))
+        feasible = {a: e.step_time_s for a, e in evaluations if max(e.stage_bytes) <= problem.memory_bytes}
+        out.append((problem, feasible, peaks))
+    return out
+
+
+@pytest.fixture(scope="module")
+def instances() -> list[tuple[Problem, dict, list[int]]]:
+    return cases(250)
+
+
+def test_no_bound_exceeds_the_optimum_and_lb2_is_close(instances: list) -> None:
+    ratios = []
+    for problem, feasible, _ in instances:
+        relaxation = relax(problem, chain_arrays(problem.layers))
+        if not feasible:
+            continue
+        optimum = min(feasible.values())
+        for bound in (lb0(problem), relaxation.lb1_s, relaxation.lb2_s):
+            assert bound <= optimum
+        ratios.append(relaxation.lb2_s / optimum)
+    assert len(ratios) > 150
+    assert sum(ratios) / len(ratios) > 0.95
+
+
+@pytest.mark.parametrize("looseness", [1.0, 1.1, inf])
+def test_windows_keep_every_assignment_within_the_target(instances: list, looseness: float) -> None:
+    for problem, feasible, _ in instances:
+        if feasible:
+            target = min(feasible.values()) * looseness
+            windows = relax(problem, chain_arrays(problem.layers)).windows(target)
+            assert windows
+            for assignment, step_s in feasible.items():
+                if step_s <= target:
+                    assert all(lo <= b <= hi for b, (lo, hi) in zip(assignment.boundaries, windows, strict=True))
+
+
+def test_windows_close_below_the_bound(instances: list) -> None:
+    for problem, feasible, _ in instances:
+        if feasible:
+            relaxation = relax(problem, chain_arrays(problem.layers))
+            assert relaxation.windows(relaxation.lb2_s * 0.999) == ()
+
+
+def test_infinite_means_infeasible(instances: list) -> None:
+    seen = 0
+    for problem, feasible, peaks in instances:
+        if relax(problem, chain_arrays(problem.layers)).lb2_s == inf:
+            assert not feasible
+            seen += 1
+        assert memory_floor(problem) <= peaks[0]
+    assert seen >= 10
+
+
+def test_least_memory_is_exact(instances: list) -> None:
+    for problem, _, peaks in instances:
+        least, stage = least_memory(problem, chain_arrays(problem.layers))
+        assert least == peaks[0]
+        assert any(
+            e.stage_bytes[stage] == least == max(e.stage_bytes)
+            for _, e in every(problem)
+            if max(e.stage_bytes) == least
+        )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_mixture_bounds_every_split(schedule: str) -> None:
+    rng = random.Random(schedule)
+    for _ in range(400):
+        pp, m = rng.randint(1, 6), rng.randint(1, 12)
+        times = [StageTimes(rng.expovariate(1), rng.expovariate(0.5)) for _ in range(pp)]
+        work = sum(t.forward_s + t.backward_s for t in times)
+        step = simulate(schedule, times, m).step_time_s
+        assert mixture(schedule, pp, m) * work <= step * (1 + 1e-12)
+
+
+def test_the_textbook_bubble_is_no_bound_with_few_microbatches() -> None:
+    """1F1B with M = pp = 2: stages of 2 and 1 units of work take 4 < (M + pp - 1)/pp x 3 = 4.5."""
+    step = simulate("1f1b", [StageTimes(2 / 3, 4 / 3), StageTimes(1 / 3, 2 / 3)], 2).step_time_s
+    assert mixture("1f1b", 2, 2) * 3 <= step + 1e-12 < (2 + 2 - 1) / 2 * 3
+
+
+def test_one_stage_without_memory_pressure_is_exact() -> None:
+    layer = Layer(0, (Choice("none", 1.0, 2.0, 0.5, 0.25, 0.125, saved_bytes=1),))
+    problem = Problem((layer,) * 5, 1, 8, "1f1b", 10**6, step_fixed_s=0.5)
+    expected = 5 * (8 * 3 + 0.875) + 0.5
+    assert lb0(problem) == pytest.approx(expected, rel=1e-8)
+    assert relax(problem, chain_arrays(problem.layers)).lb2_s == pytest.approx(expected, rel=1e-8)
+
+
+def test_memory_is_priced() -> None:
+    """Ten layers, room for four without recomputation: the other six each cost one second a microbatch."""
+    layer = Layer(0, (Choice("none", 1.0, 2.0, saved_bytes=11), Choice("full", 1.0, 3.0, saved_bytes=1)))
+    problem = Problem((layer,) * 10, 1, 2, "1f1b", memory_bytes=50)
+    assert relax(problem, chain_arrays(problem.layers)).lb2_s == pytest.approx(2 * (30 + 6), rel=1e-8)

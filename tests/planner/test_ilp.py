@@ -1,0 +1,210 @@
+"""The integer programme against brute force on small problems."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+from math import inf
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instances import every, random_limit, random_problem
+from tpplan.planner import solve as solve_module
+from tpplan.planner.engine import ENGINES, Outcome
+from tpplan.planner.evaluate import evaluate
+from tpplan.planner.greedy import fill
+from tpplan.planner.problem import Assignment, Choice, Layer, Problem
+from tpplan.planner.runs import fold
+from tpplan.planner.solve import open_windows, solve
+
+INSTANCES = 300
+
+
+@dataclass(frozen=True)
+class Known:
+    """A problem with the answer that brute force gives: the optimum [s] (inf: infeasible) and the least limit."""
+
+    problem: Problem
+    optimum_s: float
+    unlimited_s: float
+    least_bytes: int
+    feasible: dict[Assignment, float]
+
+
+def known(seed: int, max_layers: int = 6) -> Known:
+    """The instance of one seed, enumerated; seeds whose problem has no legal split are skipped upwards."""
+    rng = random.Random(seed)
+    evaluations: list = []
+    while not evaluations:
+        problem = random_problem(rng, max_layers)
+        evaluations = list(every(problem))
+    peaks = sorted(max(e.stage_bytes) for _, e in evaluations)
+    problem = replace(problem, memory_bytes=random_limit(rng, peaks))
+    feasible = {a: e.step_time_s for a, e in evaluations if max(e.stage_bytes) <= problem.memory_bytes}
+    return Known(
+        problem,
+        min(feasible.values(), default=inf),
+        min(e.step_time_s for _, e in evaluations),
+        peaks[0],
+        feasible,
+    )
+
+
+@pytest.fixture(scope="module")
+def instances() -> list[Known]:
+    return [known(seed) for seed in range(INSTANCES)]
+
+
+def greedy(problem: Problem) -> float:
+    """Step time of a planner's baseline: layers counted out evenly over the stages, then filled greedily."""
+    n, pp = len(problem.layers), problem.stages
+    even = tuple(round((s + 1) * n / pp) for s in range(pp))
+    if not all(low <= b <= high for b, (low, high) in zip(even, open_windows(problem), strict=True)):
+        return inf
+    if any(not problem.layers[b - 1].cut_after for b in even[:-1]):
+        return inf
+    assignment = fill(problem, even)
+    return evaluate(problem, assignment).step_time_s if assignment is not None else inf
+
+
+def test_the_instances_are_hard_enough(instances: list[Known]) -> None:
+    """At least 30 % memory-bound, 10 % infeasible, and a greedy baseline wrong in 30 % of the feasible ones."""
+    feasible = [k for k in instances if k.optimum_s < inf]
+    bound = sum(k.optimum_s > k.unlimited_s * (1 + 1e-9) for k in feasible)
+    wrong = sum(greedy(k.problem) > k.optimum_s * (1 + 1e-9) for k in feasible)
+    assert bound >= 0.3 * len(instances)
+    assert len(instances) - len(feasible) >= 0.1 * len(instances)
+    assert wrong >= 0.3 * len(feasible)
+
+
+def test_the_optimum_is_that_of_brute_force(instances: list[Known]) -> None:
+    for seed, k in enumerate(instances):
+        solution = solve(k.problem, gap=0.0)
+        if k.optimum_s == inf:
+            assert solution.status == "infeasible", seed
+            assert solution.shortfall_bytes == k.least_bytes - k.problem.memory_bytes, seed
+            assert 0 <= solution.shortfall_stage < k.problem.stages
+            continue
+        assert solution.status == "optimal", seed
+        assert solution.assignment in k.feasible, seed
+        assert solution.objective_s == k.feasible[solution.assignment], seed
+        assert solution.objective_s == pytest.approx(k.optimum_s, rel=1e-9), seed
+        assert k.optimum_s * (1 - 1e-7) <= solution.lower_bound_s <= k.optimum_s * (1 + 1e-9), seed
+
+
+def test_a_gap_is_kept(instances: list[Known]) -> None:
+    for k in instances[:60]:
+        if k.optimum_s < inf:
+            solution = solve(k.problem, gap=0.05)
+            assert solution.status == "optimal"
+            assert solution.objective_s * (1 - 0.05) <= solution.lower_bound_s <= k.optimum_s * (1 + 1e-9)
+
+
+def test_a_cut_off_is_proven_or_beaten(instances: list[Known]) -> None:
+    for k in instances[:60]:
+        if k.optimum_s < inf:
+            above = solve(k.problem, k.optimum_s * 1.01, gap=0.0)
+            assert above.objective_s == pytest.approx(k.optimum_s, rel=1e-9)
+            below = solve(k.problem, k.optimum_s * 0.999, gap=0.0)
+            assert (below.status, below.assignment) == ("cutoff", None)
+            assert below.lower_bound_s == pytest.approx(k.optimum_s * 0.999)
+
+
+def test_cbc_agrees(instances: list[Known]) -> None:
+    for k in instances[:12]:
+        solution = solve(k.problem, gap=0.0, engine="cbc")
+        if k.optimum_s == inf:
+            assert solution.shortfall_bytes == k.least_bytes - k.problem.memory_bytes
+        else:
+            assert solution.objective_s == pytest.approx(k.optimum_s, rel=1e-9)
+
+
+def test_one_stage_is_a_knapsack() -> None:
+    """Room for three layers without recomputation out of ten: seven pay for it."""
+    layer = Layer(0, (Choice("none", 1.0, 2.0, saved_bytes=10), Choice("full", 1.0, 3.0, saved_bytes=1)))
+    solution = solve(Problem((layer,) * 10, 1, 4, "1f1b", memory_bytes=37), gap=0.0)
+    assert solution.assignment is not None
+    assert sorted(solution.assignment.choices) == [0] * 3 + [1] * 7
+    assert solution.objective_s == 4 * (30 + 7)
+
+
+def test_runs_end_where_a_number_or_a_cut_changes() -> None:
+    one = Layer(0, (Choice("none", 1.0, 2.0),))
+    other = replace(one, cut_after=False)
+    runs = fold(Problem((one, one, other, one, one, one), 1, 1, "1f1b", 1))
+    assert [(r.start, r.count) for r in runs] == [(0, 2), (2, 1), (3, 3)]
+
+
+def test_too_few_cuts_are_infeasible_without_a_shortfall() -> None:
+    layer = Layer(0, (Choice("none", 1.0, 2.0),), cut_after=False)
+    solution = solve(Problem((layer,) * 4, 2, 4, "1f1b", memory_bytes=1))
+    assert (solution.status, solution.shortfall_bytes, solution.shortfall_stage) == ("infeasible", 0, -1)
+
+
+def test_a_time_limit_ends_with_a_true_bound() -> None:
+    rng = random.Random(5)
+    problem = replace(random_problem(rng, 6), stages=1)
+    solution = solve(problem, time_limit_s=0.0)
+    assert solution.status == "feasible"
+    assert solution.lower_bound_s <= solve(problem, gap=0.0).objective_s
+
+
+def test_a_solver_error_means_rebuild(monkeypatch: pytest.MonkeyPatch, instances: list[Known]) -> None:
+    k = next(k for k in instances if k.optimum_s < inf)
+    calls = []
+
+    def failing(model: object, *, relax: bool = False, **options: object) -> Outcome:
+        calls.append(relax)
+        if len(calls) <= 2:
+            return Outcome("error", -inf, False)
+        return ENGINES["highs"](model, relax=relax, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(solve_module.ENGINES, "failing", failing)
+    solution = solve(k.problem, gap=0.0, engine="failing")
+    assert len(calls) >= 3
+    assert solution.objective_s == pytest.approx(k.optimum_s, rel=1e-9)
+
+
+def test_a_pick_that_rounding_let_through_is_tightened_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit 100 bytes short in 80 GiB is invisible to the solver; the byte check is not fooled."""
+    gib = 2**30
+    layer = Layer(0, (Choice("none", 1.0, 2.0, saved_bytes=10 * gib), Choice("full", 1.0, 3.0, saved_bytes=gib)))
+    solution = solve(Problem((layer,) * 8, 1, 4, "1f1b", memory_bytes=80 * gib - 1), gap=0.0)
+    assert solution.assignment is not None
+    assert sum(solution.assignment.choices) == 1
+    assert solution.lower_bound_s <= solution.objective_s == 4 * 25
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), more=st.integers(1, 60))
+def test_more_memory_is_never_worse(seed: int, share: float, more: int) -> None:
+    rng = random.Random(seed)
+    problem = random_problem(rng, 4)
+    peaks = sorted(max(e.stage_bytes) for _, e in every(problem))
+    if not peaks:
+        return
+    limit = peaks[int(share * (len(peaks) - 1))]
+    small = solve(replace(problem, memory_bytes=limit), gap=0.0)
+    large = solve(replace(problem, memory_bytes=limit + more), gap=0.0)
+    assert large.objective_s <= small.objective_s * (1 + 1e-9)
+
+
+def test_a_real_size_is_quick() -> None:
+    """34 layers on 4 stages: well under a second of processor time, as nothing here should ever take minutes."""
+    block = Layer(
+        1,
+        (
+            Choice("none", 2.0, 4.0, static_bytes=50, saved_bytes=30),
+            Choice("full", 2.0, 6.0, static_bytes=50, saved_bytes=3),
+        ),
+        send_s=0.01,
+        cut_bytes=2,
+    )
+    head = Layer(2, (Choice("none", 3.0, 6.0, static_bytes=150, saved_bytes=40),))
+    start = time.process_time()
+    solution = solve(Problem((head, *(block,) * 32, head), 4, 32, "1f1b", 1400, 100), gap=0.001)
+    assert solution.status == "optimal"
+    assert solution.objective_s * 0.999 <= solution.lower_bound_s
+    assert time.process_time() - start < 20
