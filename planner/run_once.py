@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, TargetError
 from .blame import blame, describe
-from .chain import Span, build_chain, expandable
+from .chain import ReplayInexact, Span, build_chain, expandable
 from .fold import Folded, fold
 from .graph import Parameter
 from .inputs import Inputs
@@ -126,8 +126,13 @@ def run_once(
     with _random_state():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
-        with _quiet_torch(), user_code("", target._source.folder), _blaming(target):
-            _forward_backward(recorder, replayer, steady, target, inputs, full)
+        try:
+            with _quiet_torch(), user_code("", target._source.folder), _blaming(target):
+                _forward_backward(recorder, replayer, steady, target, inputs, full)
+        except ModelError as error:
+            if replayer.replayed:  # perhaps it misses what a replayed layer did not do
+                raise ReplayInexact(error.message) from error
+            raise
     for parameter in model.parameters():
         parameter.grad = None
     spans = build_chain(recorder.recording, expandable(model, stand_in.repeated))

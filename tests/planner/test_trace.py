@@ -1,0 +1,277 @@
+"""What the tracer finds in models: units, classes, cuts, ties, replay, and what it says when it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import tpplan
+from tpplan.errors import ModelError
+from tpplan.planner.graph import Affine, ModelGraph
+from tpplan.planner.graph_view import absolute, layer_table
+from tpplan.planner.target import load_target
+from tpplan.planner.trace import trace
+
+EXAMPLES = Path(tpplan.__file__).parent / "examples"
+SMALL = {
+    "nanogpt.py": ({"n_layer": "5", "n_head": "4", "n_embd": "32", "vocab_size": "128"}, 16),
+    "llama_tiny/config.json": ({}, 32),
+    "bert_tiny/config.json": ({}, 32),
+    "resnet.py": ({"depth": "50", "width": "8", "num_classes": "10"}, 64),
+    "lora.py": ({"vocab_size": "64", "n_layer": "5", "n_head": "4", "n_embd": "32"}, 16),
+}
+
+
+def example(spec: str, precision: str = "bf16", full: bool = False, **args: str) -> ModelGraph:
+    defaults, seq = SMALL[spec]
+    target = load_target(str(EXAMPLES / spec), model_args={**defaults, **args})
+    return trace(target, sequence_length=seq, precision=precision, full=full)
+
+
+@pytest.fixture(scope="module")
+def nanogpt() -> ModelGraph:
+    return example("nanogpt.py")
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelGraph:
+    return example("llama_tiny/config.json")
+
+
+def model(tmp_path: Path, text: str) -> ModelGraph:
+    path = tmp_path / "own.py"
+    path.write_text("import torch\nfrom torch import nn\n" + text)
+    return trace(load_target(str(path)), sequence_length=8, precision="fp32")
+
+
+@pytest.mark.parametrize("spec", SMALL)
+def test_replayed_trace_equals_the_full_one(spec):
+    folded, full = example(spec), example(spec, full=True)
+    assert any("repeated layers" in note for note in folded.notes)
+    assert folded.hash == full.hash
+    assert folded.classes == full.classes
+    assert folded.summary(7) == full.summary(7)
+    folded.verify()
+
+
+def test_blocks_are_one_class(nanogpt, llama):
+    for graph, kind, count in ((nanogpt, "Block", 5), (llama, "LlamaDecoderLayer", 4)):
+        rows = {row["module"]: row for row in layer_table(graph, 2)}
+        assert rows[kind]["count"] == count
+        assert sum(row["module"] == kind for row in layer_table(graph, 2)) == 1
+
+
+def test_405b_is_five_classes():
+    target = load_target(str(EXAMPLES / "llama3_405b" / "config.json"))
+    graph = trace(target, sequence_length=4096, precision="bf16").verify()
+    assert graph.parameter_count == 405_853_388_800
+    assert [row["count"] for row in layer_table(graph, 1)] == [1, 1, 126, 1, 1]
+
+
+def test_chain_of_a_llama(llama):
+    fqns = [unit.fqn for unit in llama.units]
+    layers = [f"model.layers.{i}" for i in range(4)]
+    assert fqns == ["model.embed_tokens", "model.rotary_emb", *layers, "model.norm", "lm_head"]
+    assert [unit.fqn for unit in llama.units if unit.replicated] == ["model.rotary_emb"]
+    assert [unit.fqn for unit in llama.units if not unit.cut_after] == ["model.rotary_emb", "lm_head"]
+    assert llama.units[3].wire == ((3, 0),)  # the residual stream alone; rotary tables are everywhere
+    assert llama.units[3].output_leaves == (("model.layers.1", 0, 0),)
+    assert "model.layers.2.mlp.up_proj" in llama.units[4].modules  # a replayed layer
+
+
+def test_rotary_tables_are_counted_once(llama):
+    tables = 2 * 32 * 8 * 2  # cos and sin: 32 tokens, 8 numbers, 2 bytes
+    assert llama.units[3].shared_saved == ((2, Affine(tables, 0)),)
+    apart = sum((llama.classes[u.class_index].saved_bytes.base for u in llama.units), 0)
+    assert llama.saved_bytes.base == apart - 3 * tables
+
+
+def test_attention_is_one_operator(llama):
+    block = llama.classes[llama.units[2].class_index]
+    (op,) = [op for op in block.ops if op.forward.kind == "attention"]
+    batch, heads, kv_heads, q_len, kv_len, head_dim, causal = (d.at(6) for d in op.forward.dims)
+    assert (batch, heads, kv_heads, q_len, kv_len, head_dim, causal) == (6, 8, 4, 32, 32, 8, 1)
+    assert op.forward.flops.at(6) == 4 * 6 * 8 * 32 * 32 * 8
+    (backward,) = [k for k in op.backward if k.kind == "attention"]
+    assert backward.flops.at(6) == 2.5 * op.forward.flops.at(6)
+
+
+def test_linear_backward_kernels_say_what_they_compute(llama):
+    block = llama.classes[llama.units[2].class_index]
+    for op in block.ops:
+        if op.forward.kind == "gemm":
+            assert sorted(k.wrt for k in op.backward if k.kind == "gemm") == ["input", "weight"]
+            _, m, n, k = (d.at(2) for d in op.forward.dims)
+            dims = {b.wrt: tuple(d.at(2) for d in b.dims[1:]) for b in op.backward if b.kind == "gemm"}
+            assert dims["input"] == (m, k, n)
+            assert sorted(dims["weight"]) == sorted((m, k, n))
+
+
+def test_tied_parameter_is_one_parameter_of_two_units(nanogpt):
+    assert nanogpt.tied == (("transformer.wte.weight", "lm_head.weight"),)
+    first, last = nanogpt.units[0], nanogpt.units[-1]
+    names = [
+        {absolute(p.fqn, unit.fqn) for p in nanogpt.classes[unit.class_index].parameters} for unit in (first, last)
+    ]
+    assert "transformer.wte.weight" in names[0] & names[1]
+    assert nanogpt.unused == ()
+
+
+def test_masters_keep_their_dtype_and_compute_is_bf16(nanogpt):
+    assert {p.dtype for p in nanogpt.parameters.values()} == {"float32"}
+    block = nanogpt.classes[nanogpt.units[3].class_index]
+    assert {t.dtype for t in block.tensors if t.kind == "parameter"} == {"bfloat16"}
+
+
+def test_precision_halves_what_is_saved():
+    bf16, fp32 = example("nanogpt.py"), example("nanogpt.py", "fp32")
+    block = [g.classes[g.units[3].class_index].saved_bytes.at(1) for g in (bf16, fp32)]
+    assert block[0] < 0.6 * block[1]
+    assert bf16.flops_forward == fp32.flops_forward
+
+
+def test_batch_norm_is_listed():
+    graph = example("resnet.py")
+    assert "stem.1" in graph.batch_norm
+    assert len(graph.batch_norm) == 53
+
+
+def test_networkx_view(llama):
+    view = llama.graph
+    assert nx.is_directed_acyclic_graph(view)
+    assert view.number_of_nodes() == sum(len(llama.classes[u.class_index].ops) for u in llama.units)
+    flops = sum(data["flops_forward"].at(3) for _, data in view.nodes(data=True))
+    assert flops == llama.flops_forward.at(3)
+    up = next(n for n, d in view.nodes(data=True) if d["fqn"] == "model.layers.2.mlp.up_proj" and d["kind"] == "gemm")
+    norm = {d["fqn"] for n, d in view.nodes(data=True) if n in nx.ancestors(view, up)}
+    assert "model.layers.2.post_attention_layernorm" in norm
+    assert "model.layers.1.mlp.down_proj" in norm
+    assert "model.layers.3.mlp.up_proj" not in norm
+
+
+def test_verify_finds_damage(nanogpt):
+    cls = nanogpt.classes[3]
+    swapped = (cls.ops[1], cls.ops[0], *cls.ops[2:])
+    classes = (*nanogpt.classes[:3], replace(cls, ops=swapped), *nanogpt.classes[4:])
+    with pytest.raises(ValueError, match="before it is made"):
+        replace(nanogpt, classes=classes).verify()
+    late = replace(nanogpt.units[3], sources=((9, 0),))
+    with pytest.raises(ValueError, match="runs later"):
+        replace(nanogpt, units=(*nanogpt.units[:3], late, *nanogpt.units[4:])).verify()
+
+
+def test_hash_follows_the_model(nanogpt):
+    assert nanogpt.hash == example("nanogpt.py").hash
+    assert nanogpt.hash != example("nanogpt.py", vocab_size="120").hash
+
+
+SKIP = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+    def forward(self, x):
+        self.side = torch.tanh(self.a(x))
+        return x + self.side
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(6)])
+        self.head = nn.Linear(8, 1)
+        self.spare = nn.Linear(8, 8)
+    def forward(self, x):
+        for b in self.blocks:
+            x = b(x)
+        return self.head(x{side}).mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, seq, 8)
+"""
+
+
+def test_unused_parameters_are_named(tmp_path):
+    graph = model(tmp_path, SKIP.replace("{side}", ""))
+    assert graph.unused == ("spare.weight", "spare.bias")
+    assert any("never used" in note for note in graph.notes)
+
+
+def test_a_tensor_that_slips_out_of_a_block_turns_replay_off_and_cuts_illegal(tmp_path):
+    graph = model(tmp_path, SKIP.replace("{side}", " + self.blocks[3].side"))
+    assert any(note.startswith("every repeated layer was traced") for note in graph.notes)
+    assert [u.fqn for u in graph.units if u.cut_after] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_batch_dependent_operator_is_named(tmp_path):
+    text = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+    def forward(self, x):
+        y = self.a(x)
+        return (y @ y.t()).mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, 8)
+"""
+    with pytest.raises(ModelError, match=r"aten\.mm\.default .* does not grow linearly"):
+        model(tmp_path, text)
+
+
+def test_failing_forward_names_the_line(tmp_path):
+    text = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+    def forward(self, x):
+        return self.a(x[..., :5]).mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, 8)
+"""
+    with pytest.raises(ModelError, match=r"own\.py, line 9: RuntimeError"):
+        model(tmp_path, text)
+
+
+def test_data_dependent_model_runs_on_real_tensors(tmp_path):
+    text = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+    def forward(self, x):
+        y = self.a(x)
+        if y.abs().sum().item() >= 0:
+            y = y * 2
+        return y.mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, 8)
+"""
+    graph = model(tmp_path, text)
+    assert graph.notes[0].startswith("traced with real data")
+    assert graph.flops_forward.at(3) == 2 * 3 * 8 * 8
+
+
+def test_detached_loss_is_refused(tmp_path):
+    text = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+    def forward(self, x):
+        return self.a(x).mean().detach()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, 8)
+"""
+    with pytest.raises(ModelError, match="no trainable parameter"):
+        model(tmp_path, text)
