@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .recorder import RawCall, RawOp, Recording
+from .recording import RawCall, RawOp, Recording
 
 
 @dataclass(slots=True)
@@ -130,9 +130,9 @@ def _connect(rec: Recording, spans: list[Span]) -> None:
             span.inputs = [renamed.get(t, t) for t in template.inputs]
     consumed = {t for span in spans for t in span.inputs}
     for span in spans:
-        made = [t for op in span.ops for t in op.outputs]
+        results = [t for op in span.ops for t in op.outputs]
         if span.template < 0:
-            span.outputs = [t for t in dict.fromkeys(made) if t in consumed and t not in span.inputs]
+            span.outputs = [t for t in dict.fromkeys(results) if t in consumed and t not in span.inputs]
     for span in spans:
         if span.template >= 0:
             _replayed_outputs(spans[span.template], span, consumed)

@@ -9,7 +9,7 @@ from typing import Any
 from .chain import ReplayInexact, Span
 from .graph import Affine, Op, Parameter, Ref, Tensor, UnitClass
 from .liveness import backward_curve, forward_curve
-from .recorder import RawOp, Recording
+from .recording import RawOp, Recording
 
 
 @dataclass(slots=True)

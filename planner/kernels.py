@@ -34,7 +34,6 @@ _FREE |= {"new_empty_strided", "_local_scalar_dense", "set_", "resize_", "is_sam
 _NOT_READ: Mapping[str, tuple[int, ...]] = {
     "nll_loss_backward": (1,),
     "nll_loss2d_backward": (1,),
-    "embedding_dense_backward": (),
     "zeros_like": (0,),
     "ones_like": (0,),
     "full_like": (0,),
@@ -49,7 +48,6 @@ _NOT_READ: Mapping[str, tuple[int, ...]] = {
     "bernoulli_": (0,),
     "uniform_": (0,),
     "normal_": (0,),
-    "sigmoid_backward": (),
 }
 
 # Operators that read, from their first argument, only as many elements as they write.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
-from .recorder import RawOp, RawStorage, Recording
+from .recording import RawOp, RawStorage, Recording
 
 
 def _curve(start: int, end: int, spans: Sequence[tuple[int, int, int]]) -> list[int]:

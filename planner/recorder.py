@@ -5,93 +5,20 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .graph import Kernel, Ref
+from .graph import Ref
 from .kernels import OpInfo, op_info, price
+from .recording import RawCall, RawOp, RawStorage, RawTensor, Recording
 
 _SKIPPED = ("prim::device", "prim::layout")
 _NO_NODE = 2**64 - 1  # the sequence number of AccumulateGrad
-
-
-@dataclass(slots=True)
-class RawTensor:
-    """One tensor at concrete shape; `storage` indexes `Recording.storages`."""
-
-    id: int
-    shape: tuple[int, ...]
-    dtype: str
-    storage: int
-    contiguous: bool
-    requires_grad: bool
-    kind: str
-    fqn: str = ""
-
-
-@dataclass(slots=True)
-class RawStorage:
-    """One allocation: its size and the clock ticks between which it lived."""
-
-    nbytes: int
-    kind: str
-    born: int
-    died: int = -1
-    weight_like: bool = False
-    parameter_gradient: bool = False
-    live: int = 0
-
-
-@dataclass(slots=True)
-class RawOp:
-    """One forward operator call, with what autograd saved for it and its backward kernels."""
-
-    index: int
-    name: str
-    call: int
-    args: tuple[Any, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    kernel: Kernel
-    clock: int
-    dead: bool = False
-    backward: list[Kernel] = field(default_factory=list)
-    backward_clocks: list[int] = field(default_factory=list)
-    saved: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class RawCall:
-    """One module call: operators [start, end) ran inside it. `replay_of` is the call it repeats, or -1."""
-
-    index: int
-    fqn: str
-    number: int
-    module_type: str
-    parent: int
-    start: int
-    end: int = -1
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    replay_of: int = -1
-
-
-@dataclass(slots=True)
-class Recording:
-    """Everything one run showed; `produced` are the tensors that an operator or a replayed call made."""
-
-    ops: list[RawOp] = field(default_factory=list)
-    tensors: list[RawTensor] = field(default_factory=list)
-    storages: list[RawStorage] = field(default_factory=list)
-    calls: list[RawCall] = field(default_factory=list)
-    produced: set[int] = field(default_factory=set)
-    opaque: dict[str, str] = field(default_factory=dict)
-    clock: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -252,7 +179,7 @@ class Recorder(TorchDispatchMode):
             rec.clock,
         )
         rec.ops.append(op)
-        self._by_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, op.index)
+        self._by_sequence.setdefault(_get_sequence_nr() - 1, op.index)
 
     def _template(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[int]) -> tuple[Any, ...]:
         """The arguments with tensors replaced by `Ref`, keyword arguments as (name, value) pairs at the end."""
@@ -301,14 +228,14 @@ class Recorder(TorchDispatchMode):
 
     def disown_last_node(self) -> None:
         """The autograd node made last belongs to no operator (it stands for a replayed call)."""
-        self._by_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, -1)
+        self._by_sequence.setdefault(_get_sequence_nr() - 1, -1)
 
     # saved tensors
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Hook of `saved_tensors_hooks`: note what autograd keeps, and for which node."""
         if not self.paused and not self.in_backward:
-            self._packed.append((torch.autograd._get_sequence_nr() - 1, self.known(tensor)))
+            self._packed.append((_get_sequence_nr() - 1, self.known(tensor)))
         return tensor
 
     def _finish(self) -> None:

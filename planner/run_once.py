@@ -20,7 +20,8 @@ from .chain import ReplayInexact, Span, build_chain, expandable
 from .fold import Folded, fold
 from .graph import Parameter
 from .inputs import Inputs
-from .recorder import Recorder, Recording
+from .recorder import Recorder
+from .recording import Recording
 from .replay import Replayer
 from .stand_in import RealModel
 from .target import Target

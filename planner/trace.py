@@ -24,7 +24,7 @@ from .chain import ReplayInexact, output_leaf, sources
 from .fold import Folded, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
-from .recorder import Recording
+from .recording import Recording
 from .run_once import Run, run_once
 from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
 from .target import Target
