@@ -64,9 +64,9 @@ def lb0(problem: Problem) -> float:
     known: dict[int, float] = {}
     total = 0.0
     for layer in problem.layers:
-        value = known.get(id(layer))
+        value = known.get(id(layer.choices))
         if value is None:
-            value = known[id(layer)] = price(layer, m)
+            value = known[id(layer.choices)] = price(layer, m)
         total += value
     return (total if pp == 1 else a * total) * (1 - ROUNDING) + problem.step_fixed_s
 
@@ -94,9 +94,9 @@ def memory_floor(problem: Problem) -> float:
     known: dict[int, int] = {}
     total = 0
     for layer in problem.layers:
-        value = known.get(id(layer))
+        value = known.get(id(layer.choices))
         if value is None:
-            value = known[id(layer)] = min(c.static_bytes + x * c.saved_bytes for c in layer.choices)
+            value = known[id(layer.choices)] = min(c.static_bytes + x * c.saved_bytes for c in layer.choices)
         total += value
     return total / problem.stages + problem.stage_fixed_bytes
 
@@ -105,9 +105,9 @@ def memory_floor(problem: Problem) -> float:
 class Chain:
     """A problem's layers as arrays.
 
-    n layers, of which d distinct ones with k choices (short ones repeat their first), p legal positions.
+    n layers with d distinct sets of k choices (short ones repeat their first), p legal positions.
 
-    index : (n,) which distinct layer
+    index : (n,) which set of choices
     positions : (p,) 0, the positions behind legal cuts, n
     work, once, static, saved, transient : (d, k) f + v and first + last + tail [s]; bytes
     extra, tail, forward : (p,) prefix sums over layers of the least first + last, tail and f at each position
@@ -136,10 +136,10 @@ def chain_arrays(layers: Sequence[Layer]) -> Chain:
     unique: list[Layer] = []
     index = []
     for layer in layers:
-        if id(layer) not in distinct:
-            distinct[id(layer)] = len(unique)
+        if id(layer.choices) not in distinct:
+            distinct[id(layer.choices)] = len(unique)
             unique.append(layer)
-        index.append(distinct[id(layer)])
+        index.append(distinct[id(layer.choices)])
     width = max(len(layer.choices) for layer in unique)
     numbers = np.array(
         [

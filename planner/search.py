@@ -233,9 +233,10 @@ class _Search:
             entry.bound_s, entry.proof = inf, "memory"
         if solution.assignment is not None:
             self.offer(entry, solution.assignment)
-        if solution.status == "feasible":
-            raise _OutOfTime
         entry.closed = True
+        if solution.status == "feasible":
+            entry.proof = "limit"
+            self.check_time()
 
     def offer(self, entry: _Entry, assignment: Assignment) -> None:
         """Simulate a plan and rank it if it fits."""
@@ -290,7 +291,8 @@ class _Search:
         closed = [e.proof for e in self.entries if e.bound_s >= self.target_s]
         best = self.ranking[0].evaluation.step_time_s if self.ranking else inf
         if self.ranking:
-            status = "optimal" if not interrupted else "feasible"
+            left = [e for e in self.entries if e.proof == "limit" and e.bound_s < self.target_s]
+            status = "feasible" if interrupted or left else "optimal"
         else:
             status = "unknown" if interrupted else "infeasible"
         short = self.shortfall() if status == "infeasible" else (0, (), -1)

@@ -69,7 +69,13 @@ def solve(
     rounds = _Rounds(problem, fold(problem), allowed, engine, max(gap, EXACT), deadline_s, upper_bound_s)
     status = rounds.relaxations() or rounds.integers()
     if status == "infeasible":
-        return _shortfall(rounds)
+        short = _shortfall(rounds)
+        if short.assignment is None:
+            return short
+        # The programme's rounding refused what fits in bytes: search just above the limit, picks are checked.
+        rounds.rebuild(replace(problem, memory_bytes=problem.memory_bytes + TIGHTEN_BYTES))
+        rounds.take(short.assignment)
+        status = rounds.integers()
     return Solution(status, rounds.assignment, rounds.objective_s, min(rounds.bound_s, rounds.limit_s))
 
 
@@ -252,5 +258,6 @@ def _shortfall(rounds: _Rounds) -> Solution:
             break
     if not outcome.has_pick:
         return Solution("infeasible", None, inf, inf)
-    short, stage = evaluate(rounds.problem, programme.pick()).shortfall
-    return Solution("infeasible", None, inf, inf, short, stage)
+    assignment = programme.pick()
+    short, stage = evaluate(rounds.problem, assignment).shortfall
+    return Solution("infeasible", None if short else assignment, inf, inf, short, stage)
