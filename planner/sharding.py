@@ -273,7 +273,7 @@ class _Search:
     def _shared_modules(self) -> None:
         """A row layer in one call and a col layer in another cannot be both."""
         for index, outcome in enumerate(self.outcomes):
-            for fqn in outcome.rows & outcome.columns:
+            for fqn in outcome.rows.keys() & outcome.columns:
                 self._replicate((index, fqn), "its calls would need different splits")
 
     def _one_loss(self) -> None:
@@ -302,10 +302,15 @@ class _Search:
                     found.remove(other)
                     members, common = members | other[0], math.gcd(common, other[1])
                 found.append((members, common))
-        count = [sum(u.class_index == i for u in self.graph.units) for i in range(len(self.graph.classes))]
-        return [
-            (sum(self.layers[i][f].numel * count[i] for i, f in members), members, common) for members, common in found
-        ]
+        return [(sum(self._numel(key) for key in members), members, common) for members, common in found]
+
+    def _numel(self, key: Key) -> int:
+        """Parameters of a layer, and of the row layers behind it, over all units of its class."""
+        index, fqn = key
+        rows = self.outcomes[index].rows
+        own = self.layers[index][fqn].numel
+        own += sum(self.layers[index][row].numel // len(rows[row]) for row in rows if fqn in rows[row])
+        return own * sum(unit.class_index == index for unit in self.graph.units)
 
     def _whole_parts(self) -> None:
         for _, members, common in self._components():

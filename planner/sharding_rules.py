@@ -111,7 +111,7 @@ class Outcome:
 
     states: list[State]
     op_split: list[str | None]
-    rows: set[str] = field(default_factory=set)
+    rows: dict[str, frozenset[str]] = field(default_factory=dict)
     columns: set[str] = field(default_factory=set)
     consumed: set[str] = field(default_factory=set)
     loss: set[str] = field(default_factory=set)
@@ -302,7 +302,7 @@ class Interpreter:
                 raise Conflict(state.sources, f"{op.fqn} cannot sum over its split")
             if decision.style == "replicate":
                 raise Conflict(state.sources, f"{op.fqn} must stay whole")
-            self.out.rows.add(op.fqn)
+            self.out.rows[op.fqn] = self.out.rows.get(op.fqn, frozenset()) | state.sources
             self.out.consumed |= state.sources
             self.out.op_split[op.index] = "k"
             n_bytes = tensor_bytes(self.cls.tensors[op.outputs[0]])
@@ -379,9 +379,21 @@ class Interpreter:
             own = place - (rank - len(self.sizes[tensor]))
             if isinstance(state, Split) or own < 0 or self.sizes[tensor][own] == 1:
                 continue
-            if isinstance(state, Whole) and (self.cls.tensors[tensor].requires_grad or outer > 1):
-                raise Conflict(self._smaller(sources, state.summed_from), "it meets a whole activation of its size")
+            if outer > 1:
+                raise Conflict(sources, "it meets a whole tensor on merged dimensions")
+            if isinstance(state, Whole) and self.cls.tensors[tensor].requires_grad:
+                self._join(op, tensor, sources, state)
         return Split(place, sources, outer=outer)
+
+    def _join(self, op: Op, tensor: int, sources: frozenset[str], state: Whole) -> None:
+        """A split meets a whole activation (a low-rank adapter): its gradient must be gathered.
+
+        Where that activation is a sum over tp, one of the two groups of layers had better stay whole.
+        """
+        if state.summed_from:
+            raise Conflict(self._smaller(sources, state.summed_from), "it meets a whole activation of its size")
+        n_bytes = tensor_bytes(self.cls.tensors[tensor])
+        self.out.collectives.append(Collective("backward", "all_gather", n_bytes, op.fqn))
 
     def _smaller(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
         """Which of two groups of layers to give up: the one with fewer parameters."""
