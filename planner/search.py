@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from .bounds import Chain, Relaxation, chain_arrays, lb0, least_memory, memory_floor, relax
+from .bounds import lb0, memory_floor
 from .evaluate import Evaluation, evaluate
 from .greedy import fill
+from .intervals import Chain, chain_arrays
 from .problem import Assignment, Problem
+from .relaxation import Relaxation, least_memory, relax
 from .solve import EXACT, solve
 
 

@@ -9,8 +9,10 @@ from math import inf
 import pytest
 from instances import every, random_limit, random_problem
 from tpplan.costmodels.schedules import SCHEDULES, StageTimes, simulate
-from tpplan.planner.bounds import chain_arrays, lb0, least_memory, memory_floor, mixture, relax
+from tpplan.planner.bounds import lb0, memory_floor, mixture
+from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Choice, Layer, Problem
+from tpplan.planner.relaxation import least_memory, relax
 
 
 def cases(count: int) -> list[tuple[Problem, dict, list[int]]]:
