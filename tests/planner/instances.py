@@ -49,6 +49,22 @@ def random_problem(rng: random.Random, max_layers: int = 6) -> Problem:
     )
 
 
+def deep_problem(rng: random.Random) -> Problem:
+    """Five to seven layers with two choices each on three to five stages, up to 14 microbatches."""
+    n = rng.randint(5, 7)
+    kinds = [random_layer(rng, kind) for kind in range(3)]
+    layers = [replace(kinds[rng.randrange(3)], cut_after=rng.random() > 0.05) for _ in range(n)]
+    return Problem(
+        tuple(replace(layer, choices=layer.choices[:2]) for layer in layers),
+        stages=rng.randint(3, 5),
+        microbatches=rng.randint(1, 14),
+        schedule=rng.choice(["1f1b", "1f1b", "gpipe"]),
+        memory_bytes=10**9,
+        stage_fixed_bytes=3,
+        step_fixed_s=rng.choice([0, 0.3]),
+    )
+
+
 def every(problem: Problem) -> Iterator[tuple[Assignment, Evaluation]]:
     """All assignments of a problem with their cost, ignoring memory."""
     n = len(problem.layers)

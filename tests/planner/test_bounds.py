@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 
 import pytest
-from instances import every, random_limit, random_problem
+from instances import deep_problem, every, random_limit, random_problem
 from tpplan.costmodels.schedules import SCHEDULES, StageTimes, simulate
 from tpplan.planner.bounds import lb0, memory_floor, mixture
 from tpplan.planner.intervals import chain_arrays
@@ -20,7 +20,7 @@ def cases(count: int) -> list[tuple[Problem, dict, list[int]]]:
     out = []
     for seed in range(count):
         rng = random.Random(10_000 + seed)
-        problem = random_problem(rng, 5)
+        problem = random_problem(rng, 5) if seed % 5 else deep_problem(rng)
         evaluations = list(every(problem))
         if not evaluations:
             continue

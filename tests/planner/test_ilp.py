@@ -10,7 +10,7 @@ from math import inf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instances import every, random_limit, random_problem
+from instances import deep_problem, every, random_limit, random_problem
 from tpplan.planner import solve as solve_module
 from tpplan.planner.engine import ENGINES, Outcome
 from tpplan.planner.evaluate import evaluate
@@ -38,7 +38,7 @@ def known(seed: int, max_layers: int = 6) -> Known:
     rng = random.Random(seed)
     evaluations: list = []
     while not evaluations:
-        problem = random_problem(rng, max_layers)
+        problem = random_problem(rng, max_layers) if seed % 10 else deep_problem(rng)
         evaluations = list(every(problem))
     peaks = sorted(max(e.stage_bytes) for _, e in evaluations)
     problem = replace(problem, memory_bytes=random_limit(rng, peaks))
