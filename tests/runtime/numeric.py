@@ -52,7 +52,7 @@ def target_of(plan: Plan) -> Target:
 def with_ignored_labels(inputs: Inputs, g: int) -> Inputs:
     """The inputs with a number of ignored targets that differs between microbatches."""
     for name, value in IGNORED.items():
-        if name in inputs.kwargs:
+        if name in inputs.kwargs and inputs.kwargs[name].ndim == 2:
             labels = inputs.kwargs[name].clone()
             labels.view(-1)[: 3 + 4 * g % 9] = value
             return Inputs(inputs.args, {**inputs.kwargs, name: labels}, inputs.extra, inputs.structure)
