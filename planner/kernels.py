@@ -18,6 +18,8 @@ _ATTENTION = {
     "_scaled_dot_product_flash_attention": False,
     "_scaled_dot_product_efficient_attention": False,
     "_scaled_dot_product_cudnn_attention": False,
+    "_scaled_dot_product_attention": False,
+    "_scaled_dot_product_attention_backward": True,
     "_scaled_dot_product_flash_attention_for_cpu_backward": True,
     "_scaled_dot_product_flash_attention_backward": True,
     "_scaled_dot_product_efficient_attention_backward": True,
@@ -192,6 +194,8 @@ def price(
         name = dtype if of is None else str(of).removeprefix("torch.")
         return Kernel(info.name, kind, Affine(flops), Affine(moved), tuple(Affine(d) for d in dims), name, wrt)
 
+    if info.base in _ATTENTION:
+        return [_attention(info, args, kwargs, make)], ""
     if info.namespace not in ("aten", "prims", "prim"):
         return [make("memory", 0)], f"{info.name} has no cost formula; priced by its bytes"
     if info.base == "convolution_backward":
@@ -199,8 +203,6 @@ def price(
     if info.base in _CONVOLUTION:
         transposed = bool(args[6]) if info.base == "convolution" else False
         return [make("conv", _convolution_flops(args[0], args[1], outputs[0], transposed))], ""
-    if info.base in _ATTENTION:
-        return [_attention(info, args, kwargs, make)], ""
     if info.base in _GEMM:
         dims = _gemm_dims(info.base, args)
         return [make("gemm", 2 * dims[0] * dims[1] * dims[2] * dims[3], dims, tensors[-1].dtype)], ""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, TargetError
+from .attention import stays_whole, whole_attention
 from .blame import blame, describe
 from .chain import ReplayInexact, Span, build_chain, expandable
 from .fold import Folded, fold
@@ -56,20 +57,27 @@ class _Steady(TorchFunctionMode):
         """Call `func` without chance."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            args = self._without_dropout(args, kwargs)
+            return self._attention(*args, **kwargs)
         result = func(*args, **kwargs)
         if func is torch.rand and result.dim() == 0:
             return torch.ones_like(result)
         return result
 
-    def _without_dropout(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if dropout_p:
             call = self.recorder.current_call
             self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
-            if len(args) > 4:
-                return (*args[:4], 0.0, *args[5:])
-            kwargs["dropout_p"] = 0.0
-        return args
+        kernel = F.scaled_dot_product_attention if stays_whole(query, value, attn_mask) else whole_attention
+        return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
 
 
 @contextlib.contextmanager

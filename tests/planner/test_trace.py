@@ -275,3 +275,40 @@ def example_inputs(batch, seq):
 """
     with pytest.raises(ModelError, match="no trainable parameter"):
         model(tmp_path, text)
+
+
+def test_attention_with_narrow_values_and_learned_mask_stays_whole(tmp_path):
+    text = """
+import torch.nn.functional as F
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qk = nn.Linear(16, 2 * 4 * 6)
+        self.v = nn.Linear(16, 16)
+        self.mask = nn.Parameter(torch.zeros(1, 4, 8, 8))
+    def forward(self, x):
+        q, k = self.qk(x).view(len(x), 8, 8, 6).transpose(1, 2).chunk(2, dim=1)
+        v = self.v(x).view(len(x), 8, 4, 4).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=0.1)
+        return x + y.transpose(1, 2).reshape(x.shape)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(6)])
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, seq, 16)
+"""
+    graph = model(tmp_path, text)
+    block = graph.classes[graph.units[1].class_index]
+    (op,) = [op for op in block.ops if op.forward.kind == "attention"]
+    assert op.forward.flops.at(2) == 2 * 2 * 4 * 8 * 8 * (6 + 4)
+    assert [k.flops.at(2) for k in op.backward if k.kind == "attention"] == [2 * 2 * 4 * 8 * 8 * (3 * 6 + 2 * 4)]
+    assert not any(t.shape[-2:] == (Affine(8), Affine(8)) and t.kind == "activation" for t in block.tensors)
+    assert graph.notes[0].startswith("2 repeated layers")
+    assert any("dropout" in note for note in graph.notes)

@@ -1,0 +1,91 @@
+"""Attention as one operator while tracing, also where the CPU would fall back to products and a softmax.
+
+GPUs have fused kernels for values of another width than the keys (multi-head latent attention) and for masks that
+need a gradient (learned position biases); the CPU has none. These two operators stand in for them. Tracing reads
+shapes only: on real tensors their gradients are zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_library = torch.library.Library("tpplan", "DEF")
+_library.define(
+    "_scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal,"
+    " float? scale) -> (Tensor, Tensor)"
+)
+_library.define(
+    "_scaled_dot_product_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
+    " Tensor logsumexp, Tensor? attn_mask, bool is_causal, bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor?)"
+)
+
+
+def _forward_fake(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _forward(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+    return out.contiguous(), query.new_zeros(query.shape[:-1], dtype=torch.float32)
+
+
+def _backward(
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, attn_mask: Any, is_causal: bool,
+    mask_gradient: bool,
+) -> Any:  # fmt: skip
+    made = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    return (*made, torch.zeros_like(attn_mask) if mask_gradient else None)
+
+
+_library.impl("_scaled_dot_product_attention", _forward_fake, "Meta")
+_library.impl("_scaled_dot_product_attention", _forward, "CPU")
+_library.impl("_scaled_dot_product_attention_backward", _backward, "Meta")
+_library.impl("_scaled_dot_product_attention_backward", _backward, "CPU")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: Any) -> Any:
+        out, logsumexp = torch.ops.tpplan._scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale)
+        ctx.save_for_backward(query, key, value, out, logsumexp, attn_mask)
+        ctx.is_causal = is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_out = grads[0]
+        *tensors, attn_mask = ctx.saved_tensors
+        wants_mask = bool(attn_mask is not None and ctx.needs_input_grad[3])
+        made = torch.ops.tpplan._scaled_dot_product_attention_backward(
+            grad_out, *tensors, attn_mask, ctx.is_causal, wants_mask
+        )
+        return (*made, None, None)
+
+
+def stays_whole(query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
+    """Whether the CPU's own operator runs such attention as one operator (dropout aside)."""
+    if query.dim() != 4:
+        return True  # no GPU kernel is fused for it either
+    return query.shape[-1] == value.shape[-1] and (attn_mask is None or not attn_mask.requires_grad)
+
+
+def whole_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention of [batch, heads, tokens, width] as one operator forward and one backward.
+
+    Takes what `torch.nn.functional.scaled_dot_product_attention` takes; dropout is left out.
+    """
+    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)  # type: ignore[return-value]
