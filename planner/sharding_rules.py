@@ -3,18 +3,27 @@
 Every tensor has a state: whole on each tp rank, split along one dimension, or a weight on its way to its product.
 Linear layers with a whole input make split tensors (col); those with an input split along the
 contraction take them (row). An operator that cannot carry a split raises `Conflict`, which names the layers to
-blame and what to try instead; `sharding.py` decides and runs again.
+blame and what to try instead; `sharding_search.py` decides and runs again.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
 from ..units import DTYPE_BYTES
-from .graph import Affine, Op, Ref, Tensor, UnitClass
+from .graph import Affine, Op, Ref, UnitClass
+from .sharding_shapes import (
+    CUTS,
+    MOVES,
+    dim_argument,
+    through_cut,
+    through_join,
+    through_move,
+    through_norm,
+    through_reduction,
+    through_view,
+)
+from .sharding_states import Collective, Conflict, Decision, Layer, Outcome, Split, State, Weight, Whole, tensor_bytes
 
 _PROBE = 7  # microbatch at which shapes are compared: prime, so that chance equalities are rare
 
@@ -23,114 +32,12 @@ _POINTWISE = frozenset(
     cos detach div elu eq erf erfc exp exp2 expm1 fill floor ge gelu gt hardsigmoid hardswish hardtanh isinf
     isnan leaky_relu le lerp lift_fresh log log10 log1p log2 logical_and logical_not logical_or lt masked_fill
     maximum minimum mish mul native_dropout ne neg pow reciprocal relu remainder round rsqrt rsub sigmoid sign silu
-    sin softplus sqrt square sub tan tanh threshold to_copy trunc where xlogy zeros_like ones_like full_like
+    sin softplus sqrt square sub tan tanh threshold _to_copy trunc where xlogy zeros_like ones_like full_like
     bernoulli nan_to_num""".split()  # noqa: SIM905
 )
 _REDUCTIONS = frozenset("mean sum amax amin var var_mean std logsumexp prod any all linalg_vector_norm".split())  # noqa: SIM905
 _ALONG_DIM = frozenset("_softmax _log_softmax cumsum cumprod sort topk flip argmax".split())  # noqa: SIM905
 _VIEWS = frozenset("view _unsafe_view reshape _reshape_alias".split())  # noqa: SIM905
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """Equal on all tp ranks; `summed_from` are the col layers whose split a row layer has just summed."""
-
-    summed_from: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Divided along `dim`, because of the layers `sources`.
-
-    `segments` are the sizes of a packed projection's parts while they are still in one tensor. `outer` > 1: the
-    dimension was merged from (outer, size / outer) and only the second is divided, as when (batch, heads) become
-    one for a batched product. `loss` marks log-probabilities split over the classes.
-    """
-
-    dim: int
-    sources: frozenset[str]
-    segments: tuple[int, ...] = ()
-    outer: int = 1
-    loss: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A parameter by its absolute name, as stored or transposed."""
-
-    name: str
-    transposed: bool = False
-
-
-State = Whole | Split | Weight
-
-
-class Conflict(Exception):
-    """A split that cannot go on: `modules` must change, or whatever layers split `weight`.
-
-    `packed` are segment sizes that would help.
-    """
-
-    def __init__(self, modules: frozenset[str], reason: str, packed: tuple[int, ...] = (), weight: str = "") -> None:
-        super().__init__(reason)
-        self.modules, self.reason, self.packed, self.weight = modules, reason, packed, weight
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """One tp collective of a unit call; `bytes` is the size of the whole tensor, `module` relative to the unit."""
-
-    phase: str
-    collective: str
-    bytes: Affine
-    module: str
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A linear or embedding that owns its weight: `weight` by absolute name, rows = dimension of size out."""
-
-    fqn: str
-    weight: str
-    kind: str
-    out_features: int
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What is tried for a layer: col, packed (with sizes), gather (col, output gathered), vocab, replicate."""
-
-    style: str
-    sizes: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What one interpretation found: see `ClassSharding` for the fields that the planner reads."""
-
-    states: list[State]
-    op_split: list[str | None]
-    rows: dict[str, frozenset[str]] = field(default_factory=dict)
-    columns: set[str] = field(default_factory=set)
-    consumed: set[str] = field(default_factory=set)
-    loss: set[str] = field(default_factory=set)
-    whole_loss: bool = False
-    attention: set[str] = field(default_factory=set)
-    collectives: list[Collective] = field(default_factory=list)
-    inputs_summed: dict[tuple[int, str], str] = field(default_factory=dict)
-    limits: list[tuple[frozenset[str], int, str]] = field(default_factory=list)
-
-
-def tensor_bytes(tensor: Tensor) -> Affine:
-    """Bytes of a tensor as a function of the microbatch size."""
-    at = [math.prod(d.at(b) for d in tensor.shape) * DTYPE_BYTES[tensor.dtype] for b in (0, 1)]
-    return Affine(at[0], at[1] - at[0])
-
-
-def parent(fqn: str) -> str:
-    """The module that holds `fqn`."""
-    return fqn.rpartition(".")[0]
 
 
 class Interpreter:
@@ -187,8 +94,7 @@ class Interpreter:
 
     def _step(self, op: Op) -> None:
         base = op.name.split(".")[-2].removesuffix("_") if "." in op.name else op.name
-        base = base if base not in ("_to_copy",) else "to_copy"
-        if op.name.split(".")[0].endswith("_scaled_dot_product") or "_scaled_dot_product" in op.name:
+        if "_scaled_dot_product" in op.name:
             results = self._attention(op)
         elif base in ("mm", "addmm"):
             results = [self._linear(op, base)]
@@ -234,21 +140,22 @@ class Interpreter:
         if state.loss and base != "nll_loss_forward":
             raise Conflict(sources, f"{base} needs all the classes")
         if base in _VIEWS:
-            return [self._view(op, tensor, state)]
-        if base in ("split", "split_with_sizes", "unsafe_split", "slice", "select", "unbind"):
-            return self._cut(op, base, tensor, state)
+            return [through_view(op, self.sizes, tensor, state)] * n
+        if base in CUTS:
+            features = self.layers[min(sources)].out_features
+            return [through_cut(op, base, self.sizes, tensor, state, self.cls.ops, features)] * n
         if state.segments:
             raise Conflict(sources, f"{base} runs before its packed parts are set apart")
         if base in ("_log_softmax", "nll_loss_forward"):
             return self._loss(op, base, state)
         if base in _POINTWISE:
             return [self._pointwise(op, sources, splits)] * n
-        if base in ("transpose", "permute", "t", "unsqueeze", "squeeze", "expand"):
-            return [replace(state, dim=self._moved(op, base, tensor, state.dim))] * n
+        if base in MOVES:
+            return [through_move(op, base, self.sizes, tensor, state)] * n
         if base in ("view_as_complex", "view_as_real") and state.dim < len(self.sizes[tensor]) - 1:
             return [state]
         if base in _REDUCTIONS or base in _ALONG_DIM:
-            return [self._along(op, base, tensor, state)] * n
+            return [through_reduction(op, base, self.sizes, tensor, state)] * n
         if base == "bmm":
             if len(splits) < len(op.inputs) or {(s.dim, s.outer) for _, s in splits} != {(0, state.outer)}:
                 raise Conflict(sources, "a batched product of split and whole tensors")
@@ -257,13 +164,9 @@ class Interpreter:
         if state.outer > 1:
             raise Conflict(sources, f"{base} on merged dimensions")
         if base in ("native_layer_norm", "_fused_rms_norm"):
-            normalized = op.args[1]
-            count = len(normalized) if isinstance(normalized, tuple) else 1
-            if state.dim >= len(self.sizes[tensor]) - count:
-                raise Conflict(sources, "a norm needs all its features")
-            return [Split(state.dim, sources)] * n
+            return [through_norm(op, self.sizes, tensor, state)] * n
         if base in ("cat", "stack"):
-            return [self._cat(op, base, sources, splits)]
+            return [through_join(op, base, self.sizes, splits, sources)]
         raise Conflict(sources, f"{base} has no rule for split tensors")
 
     def _whole(self, op: Op, base: str) -> list[State]:
@@ -313,7 +216,7 @@ class Interpreter:
         self.out.op_split[op.index] = "n"
         storage = self.cls.tensors[x].base
         if self.cls.tensors[storage].requires_grad or self.cls.tensors[x].requires_grad:
-            self.out.inputs_summed.setdefault((storage, parent(op.fqn)), op.fqn)
+            self.out.inputs_summed.setdefault((storage, op.fqn.rpartition(".")[0]), op.fqn)
         self.out.columns.add(op.fqn)
         if decision.style == "gather":
             self.out.consumed.add(op.fqn)
@@ -342,7 +245,7 @@ class Interpreter:
             raise Conflict(frozenset(), reason, weight=state.name)
 
     def _attention(self, op: Op) -> list[State]:
-        query, key, value = op.inputs[0], op.inputs[min(1, len(op.inputs) - 1)], op.inputs[min(2, len(op.inputs) - 1)]
+        query, key, value = [a.tensor for a in op.args if isinstance(a, Ref)][:3]
         heads = len(self.sizes[query]) - 3
         splits = self._splits(op)
         if not splits:
@@ -402,113 +305,6 @@ class Interpreter:
         weigh = {side: sum(self.layers[f].numel for f in side if f in self.layers) for side in (one, other)}
         return one if weigh[one] < weigh[other] else other
 
-    def _view(self, op: Op, tensor: int, state: Split) -> State:
-        before, after, dim = self.sizes[tensor], self.sizes[op.outputs[0]], state.dim
-        if state.segments:
-            return self._packed_view(op, state, before, after)
-        if state.outer > 1:
-            before = (*before[:dim], state.outer, before[dim] // state.outer, *before[dim + 1 :])
-            dim += 1
-        # The split dimension starts after `lead` elements; it goes on where the new shape has counted as many.
-        lead, target, counted = math.prod(before[:dim]), 0, 1
-        while target < len(after) and lead % (counted * after[target]) == 0:
-            counted *= after[target]
-            target += 1
-        outer = lead // counted
-        if target == len(after) or after[target] % outer:
-            raise Conflict(state.sources, "a view merges it into another dimension")
-        return Split(target, state.sources, outer=outer)
-
-    def _packed_view(self, op: Op, state: Split, before: tuple[int, ...], after: tuple[int, ...]) -> State:
-        segments, dim = state.segments, state.dim
-        if op.fqn in state.sources and after[-1] == before[-1] and dim == len(before) - 1:
-            return Split(len(after) - 1, state.sources, segments)  # the layer's own flattening
-        rest = after[dim:]
-        if after[:dim] != before[:dim] or len(rest) < 2 or dim != len(before) - 1:
-            raise Conflict(state.sources, "a view mixes its packed parts")
-        inner = math.prod(rest[1:])
-        if all(size == inner for size in segments):
-            return Split(dim + 1, state.sources)
-        if any(size % inner for size in segments):
-            raise Conflict(state.sources, "a view cuts through its packed parts")
-        return Split(dim, state.sources, tuple(size // inner for size in segments))
-
-    def _cut(self, op: Op, base: str, tensor: int, state: Split) -> list[State]:
-        """Split, slice, select, unbind: along another dimension, or between packed parts."""
-        rank, size = len(self.sizes[tensor]), self.sizes[tensor][state.dim]
-        place = {"split": 2, "split_with_sizes": 2, "unsafe_split": 2}.get(base, 1)
-        dim = self._dim(op, place, rank, 0)
-        drop = base in ("select", "unbind")
-        if dim != state.dim:
-            moved = state.dim - (drop and dim < state.dim)
-            if state.segments:
-                raise Conflict(state.sources, f"{base} runs before its packed parts are set apart")
-            return [replace(state, dim=moved)] * len(op.outputs)
-        if base == "slice" and self.sizes[op.outputs[0]][dim] == size:
-            return [state]
-        parts = self._parts(op, base, tensor, dim)
-        if state.segments and parts == state.segments and not drop:
-            return [Split(dim, state.sources)] * len(op.outputs)
-        packed: tuple[int, ...] = ()
-        if len(state.sources) == 1 and not state.segments and sum(parts) == size:
-            layer = self.layers[next(iter(state.sources))]
-            packed = tuple(part * (layer.out_features // size) for part in parts)
-        raise Conflict(state.sources, f"{base} cuts across its split", packed)
-
-    def _parts(self, op: Op, base: str, tensor: int, dim: int) -> tuple[int, ...]:
-        """Sizes of the pieces into which `op` (and the other slices of the same tensor) cut `dim`."""
-        size = self.sizes[tensor][dim]
-        if base in ("select", "unbind"):
-            return (1,) * size
-        if base != "slice":
-            return tuple(self.sizes[t][dim] for t in op.outputs)
-        borders = {0, size}
-        for other in self.cls.ops:
-            if (
-                other.inputs[:1] == (tensor,)
-                and other.name.startswith("aten.slice.")
-                and other.args[1] in (dim, dim - len(self.sizes[tensor]))
-            ):
-                start, stop, _ = slice(*other.args[2:4]).indices(size)
-                borders |= {start, stop}
-        marks = sorted(borders)
-        return tuple(b - a for a, b in itertools.pairwise(marks))
-
-    def _dim(self, op: Op, place: int, rank: int, default: int) -> int:
-        named = next((a[1] for a in op.args if isinstance(a, tuple) and len(a) == 2 and a[0] == "dim"), None)
-        value = op.args[place] if len(op.args) > place and isinstance(op.args[place], int) else named
-        return (default if value is None else int(value)) % rank
-
-    def _moved(self, op: Op, base: str, tensor: int, dim: int) -> int:
-        rank = len(self.sizes[tensor])
-        if base == "t":
-            return 1 - dim if rank == 2 else dim
-        if base == "transpose":
-            a, b = op.args[1] % rank, op.args[2] % rank
-            return {a: b, b: a}.get(dim, dim)
-        if base == "permute":
-            return [d % rank for d in op.args[1]].index(dim)
-        after = len(self.sizes[op.outputs[0]])
-        if base == "expand":
-            return dim + after - rank
-        if base == "unsqueeze":
-            return dim + (op.args[1] % after <= dim)
-        gone = op.args[1] if len(op.args) > 1 else tuple(range(rank))
-        gone = {d % rank for d in (gone if isinstance(gone, tuple) else (gone,))}
-        return dim - sum(d < dim and self.sizes[tensor][d] == 1 for d in gone)
-
-    def _along(self, op: Op, base: str, tensor: int, state: Split) -> State:
-        """Reductions and softmax: fine along other dimensions."""
-        rank = len(self.sizes[tensor])
-        given = op.args[1] if len(op.args) > 1 else None
-        if given is None or (not isinstance(given, (int, tuple))) or given == ():
-            raise Conflict(state.sources, f"{base} needs the whole tensor")
-        dims = {int(d) % rank for d in (given if isinstance(given, tuple) else (given,))}
-        if state.dim in dims:
-            raise Conflict(state.sources, f"{base} needs the whole dimension")
-        kept = len(self.sizes[op.outputs[0]]) == rank
-        return replace(state, dim=state.dim if kept else state.dim - sum(d < state.dim for d in dims))
-
     def _loss(self, op: Op, base: str, state: Split) -> list[State]:
         if base == "nll_loss_forward":
             if not state.loss:
@@ -521,19 +317,7 @@ class Interpreter:
             for _ in range(3):  # maximum, sum of exponentials, the target's logit
                 self.out.collectives.append(Collective("forward", "all_reduce", rows, op.fqn))
             return [Whole()] * len(op.outputs)
-        along = self._dim(op, 1, len(self.sizes[op.inputs[0]]), -1)
+        along = dim_argument(op, 1, len(self.sizes[op.inputs[0]]), -1)
         if along != state.dim:
             return [Split(state.dim, state.sources)]
         return [Split(state.dim, state.sources, loss=True)]
-
-    def _cat(self, op: Op, base: str, sources: frozenset[str], splits: list[tuple[int, Split]]) -> State:
-        rank = len(self.sizes[splits[0][0]])
-        dims = {state.dim for _, state in splits}
-        if len(dims) != 1 or len({t for t, _ in splits}) != len(set(op.inputs)):
-            raise Conflict(sources, "it is joined to whole or differently split tensors")
-        dim, along = dims.pop(), self._dim(op, 1, rank + (base == "stack"), 0)
-        if base == "stack":
-            return Split(dim + (along <= dim), sources)
-        if along == dim:
-            raise Conflict(sources, "it is joined along its split")
-        return Split(dim, sources)
