@@ -134,7 +134,7 @@ class Parallel:
             return run_schedule(self._schedule, self.is_last_stage, count)
         losses = []
         for k in range(count):
-            loss = self.stage.part()
+            loss = self.stage.part(placeholder=True)
             self._sync.before_backward(k == count - 1)
             loss.sum().backward()
             losses.append(loss.detach())

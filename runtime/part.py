@@ -59,8 +59,11 @@ class Part(nn.Module):
         self._microbatches, self._num_items, self._loss_scale = microbatches, num_items, loss_scale
         self._next = 0
 
-    def forward(self, *received: torch.Tensor) -> Any:
-        """Run the next microbatch: its loss with shape (1,), or the tensors that the next stage needs."""
+    def forward(self, *received: torch.Tensor, placeholder: bool = True) -> Any:
+        """Run the next microbatch: its loss with shape (1,), or the tensors that the next stage needs.
+
+        `placeholder` is not used: on CUDA, the root hook of torch 2.11's FSDP2 fails on a call without arguments.
+        """
         inputs = self._microbatches[self._next].map(self._cast)
         self._next += 1
         tensors = unpack(received, self._border.receives)
@@ -90,4 +93,4 @@ class Shell(nn.Module):
 
     def forward(self, *received: torch.Tensor) -> Any:
         """The part's forward."""
-        return self.part(*received)
+        return self.part(*received, placeholder=True)
