@@ -9,7 +9,13 @@ The public API is loaded on first use, so `import tpplan` costs nothing:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import TpplanError
+    from .planner.plan import Plan
+    from .planner.suggest import suggest
+    from .runtime.api import parallelize
 
 __all__ = ["Plan", "TpplanError", "parallelize", "suggest"]
 __version__ = "0.1.0.dev0"

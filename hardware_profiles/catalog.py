@@ -21,6 +21,7 @@ from .schema import ProfileContent
 if TYPE_CHECKING:
     import pandas as pd
 
+PACKAGE = __name__.rpartition(".")[0]
 LIST_REMEDY = "List the profiles with `tpplan hardware`, or name a .json file in the same format."
 
 
@@ -73,7 +74,7 @@ class Profile:
 
 def profile_names() -> list[str]:
     """Names of the built-in profiles, sorted."""
-    folder = resources.files(__package__)
+    folder = resources.files(PACKAGE)
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
@@ -92,7 +93,7 @@ def load_profile(name_or_file: str) -> Profile:
     """
     names = profile_names()
     if name_or_file in names:
-        text = resources.files(__package__).joinpath(f"{name_or_file}.json").read_text(encoding="utf-8")
+        text = resources.files(PACKAGE).joinpath(f"{name_or_file}.json").read_text(encoding="utf-8")
         return parse_profile(text, name_or_file)
     path = Path(name_or_file)
     if path.suffix == ".json" or path.is_file() or len(path.parts) > 1:

@@ -110,6 +110,13 @@ class CostModel:
         self.facts = unit_facts(graph)
         self._times: dict[tuple[int, int, int, bool], UnitTimes] = {}
         self._memory: dict[tuple[int, int, int], UnitMemory] = {}
+        self._parameters: dict[tuple[int, int, bool], UnitParameters] = {}
+        self._buffer_bytes = [
+            sum(graph.parameters[n].numel * DTYPE_BYTES[graph.parameters[n].dtype] for n in facts.buffer_names)
+            for facts in self.facts
+        ]
+        self._groups: dict[tuple[int, bool], list[int]] = {}
+        self._wires: dict[int, list[int]] = {}
         self._layers: dict[tuple[object, ...], tuple[tuple[Choice, ...], tuple[Parts, ...]]] = {}
 
     def _clock(self, piped: bool) -> KernelClock:
@@ -151,6 +158,12 @@ class CostModel:
 
     def parameters(self, position: int, mesh: Mesh) -> UnitParameters:
         """Elements of the unit's parameters on one tp rank; tied ones count once where one stage has them all."""
+        key = (position, mesh.tp, mesh.pp > 1)
+        if key not in self._parameters:
+            self._parameters[key] = self._count_parameters(position, mesh)
+        return self._parameters[key]
+
+    def _count_parameters(self, position: int, mesh: Mesh) -> UnitParameters:
         facts = self.facts[position]
         names = facts.parameter_names if mesh.pp == 1 else facts.parameter_names + facts.shared_names
         trainable = frozen = 0
@@ -178,26 +191,31 @@ class CostModel:
 
     def layer(self, position: int, mesh: Mesh) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
         """Choices of the unit at `position` under `mesh`, and the parts of each."""
-        facts = self.facts[position]
-        parameters = self.parameters(position, mesh)
-        last = len(self.facts) - 1
-        before = self.parameters(position - 1, mesh) if position else UnitParameters(0)
-        after = self.parameters(position + 1, mesh) if position < last else UnitParameters(0)
-        key = (
-            *(facts.kind, facts.may_recompute, parameters, before, after, position == 0, self.gradients_stay(mesh)),
-            *(
-                mesh.tp,
-                mesh.microbatch_size,
-                mesh.dp_shard,
-                mesh.dp_replicate,
-                mesh.zero_stage,
-                mesh.gradient_sync,
-            ),
-            *(mesh.pp > 1, facts.own_group, self.buffer_bytes(position)),
-        )
+        first = self.groups(mesh)[position]
+        degrees = (mesh.tp, mesh.microbatch_size, mesh.dp_shard, mesh.dp_replicate)
+        key = (first, *degrees, mesh.zero_stage, mesh.gradient_sync, mesh.pp > 1, self.gradients_stay(mesh))
         if key not in self._layers:
-            self._layers[key] = self._price(position, mesh, parameters, before, after)
+            self._layers[key] = self._price(first, mesh, *self.neighbourhood(first, mesh))
         return self._layers[key]
+
+    def neighbourhood(self, position: int, mesh: Mesh) -> tuple[UnitParameters, UnitParameters, UnitParameters]:
+        """Parameters of a unit, of the one before it and of the one after it."""
+        nothing, last = UnitParameters(0), len(self.facts) - 1
+        before = self.parameters(position - 1, mesh) if position else nothing
+        after = self.parameters(position + 1, mesh) if position < last else nothing
+        return self.parameters(position, mesh), before, after
+
+    def groups(self, mesh: Mesh) -> list[int]:
+        """For every unit the first unit that is priced like it (the same under all meshes of equal tp)."""
+        key = (mesh.tp, mesh.pp > 1)
+        if key not in self._groups:
+            first: dict[object, int] = {}
+            self._groups[key] = []
+            for position, facts in enumerate(self.facts):
+                own = (facts.kind, facts.may_recompute, facts.own_group, self._buffer_bytes[position], position == 0)
+                group = first.setdefault((own, self.neighbourhood(position, mesh)), position)
+                self._groups[key].append(group)
+        return self._groups[key]
 
     @staticmethod
     def gradients_stay(mesh: Mesh) -> bool:
@@ -270,8 +288,7 @@ class CostModel:
 
     def buffer_bytes(self, position: int) -> int:
         """Bytes of the buffers that the unit is the first to use."""
-        specs = [self.graph.parameters[name] for name in self.facts[position].buffer_names]
-        return sum(spec.numel * DTYPE_BYTES[spec.dtype] for spec in specs)
+        return self._buffer_bytes[position]
 
     def _optimizer_s(self, p: UnitParameters, dp: DataParallel) -> float:
         """The optimizer's step and the gradient norm on this rank's shard."""
@@ -302,16 +319,18 @@ class CostModel:
 
     def problem(self, mesh: Mesh) -> Problem:
         """The planning problem of one mesh."""
-        layers = []
-        kinds: dict[object, int] = {}
         stride = mesh.tp * mesh.dp
-        for unit in self.graph.units:
-            choices, _ = self.layer(unit.position, mesh)
-            wire = self.wire_bytes(unit.position, mesh.microbatch_size) if mesh.pp > 1 else 0
-            cut = self.facts[unit.position].cut_after and mesh.pp > 1
-            send = collective_s("send_recv", wire, 2, stride, self.links) if cut else 0.0
-            kind = kinds.setdefault((id(choices), cut, send, wire), len(kinds))
-            layers.append(Layer(kind=kind, choices=choices, cut_after=cut, send_s=send, cut_bytes=wire if cut else 0))
+        wires = self.wires(mesh.microbatch_size)
+        layers: list[Layer] = []
+        equal: dict[tuple[int, bool, int], Layer] = {}
+        for position, group in enumerate(self.groups(mesh)):
+            cut = self.facts[position].cut_after and mesh.pp > 1
+            key = (group, cut, wires[position] if cut else 0)
+            if key not in equal:
+                send = collective_s("send_recv", key[2], 2, stride, self.links) if cut else 0.0
+                choices, _ = self.layer(position, mesh)
+                equal[key] = Layer(kind=len(equal), choices=choices, cut_after=cut, send_s=send, cut_bytes=key[2])
+            layers.append(equal[key])
         return Problem(
             layers=tuple(layers),
             stages=mesh.pp,
@@ -343,6 +362,12 @@ class CostModel:
     def step_fixed_s(self, mesh: Mesh) -> float:
         """Once a step: the all-reduce of the gradient norm over all ranks."""
         return collective_s("all_reduce", 4, mesh.world_size, 1, self.links)
+
+    def wires(self, b: int) -> list[int]:
+        """`wire_bytes` of every position."""
+        if b not in self._wires:
+            self._wires[b] = [self.wire_bytes(position, b) for position in range(len(self.facts))]
+        return self._wires[b]
 
     def wire_bytes(self, position: int, b: int) -> int:
         """Bytes that a cut right after the unit sends forward for one microbatch."""

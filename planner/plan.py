@@ -75,12 +75,12 @@ class HardwareSection(_Section):
 class MeshSection(_Section):
     """Degrees of the device mesh."""
 
-    pipeline_parallel_degree: int = Field(1, ge=1)
-    data_parallel_replicate_degree: int = Field(1, ge=1)
-    data_parallel_shard_degree: int = Field(1, ge=1)
-    context_parallel_degree: int = Field(1, ge=1)
-    expert_parallel_degree: int = Field(1, ge=1)
-    tensor_parallel_degree: int = Field(1, ge=1)
+    pipeline_parallel_degree: int = Field(default=1, ge=1)
+    data_parallel_replicate_degree: int = Field(default=1, ge=1)
+    data_parallel_shard_degree: int = Field(default=1, ge=1)
+    context_parallel_degree: int = Field(default=1, ge=1)
+    expert_parallel_degree: int = Field(default=1, ge=1)
+    tensor_parallel_degree: int = Field(default=1, ge=1)
 
     @property
     def world_size(self) -> int:
@@ -115,7 +115,7 @@ class ScheduleSection(_Section):
     """
 
     name: Literal["1f1b", "gpipe", "interleaved", "zb"] = "1f1b"
-    virtual_stages: int = Field(1, ge=1)
+    virtual_stages: int = Field(default=1, ge=1)
     gradient_sync: Literal["every", "last"] = "last"
     runnable: bool = True
 
