@@ -3,4 +3,14 @@
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["FakeTensorMode", "TreeSpec", "tree_flatten", "tree_map_only", "tree_unflatten"]
+__all__ = ["FakeTensorMode", "TreeSpec", "allow_recompiles", "tree_flatten", "tree_map_only", "tree_unflatten"]
+
+
+def allow_recompiles(units: int) -> None:
+    """Let as many units as there are share a compiled function: past the limit they would silently run eager.
+
+    Blocks of one class share their code object, and each may need a graph of its own.
+    """
+    from torch._dynamo import config  # slow to import, and only needed to compile
+
+    config.recompile_limit = max(config.recompile_limit, units + 8)

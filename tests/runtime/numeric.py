@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,14 +89,30 @@ def reference(plan: Plan, dtype: torch.dtype) -> tuple[float, dict[str, torch.Te
     return total, grads
 
 
-def run_plan(rank: int, world: int, plan: Plan, float64: bool = True) -> dict[str, Any]:
+def run_compiled(rank: int, world: int, plan: Plan) -> dict[str, Any]:
+    """`run_plan` in float32 with blocks under torch.compile, but without generating code."""
+    from torch._dynamo.utils import counters
+
+    plain = torch.compile
+    torch.compile = functools.partial(plain, backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        result = run_plan(rank, world, plan, float64=False, compiled=True)
+        return result | {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
+    finally:
+        torch.compile = plain
+
+
+def run_plan(rank: int, world: int, plan: Plan, float64: bool = True, compiled: bool = False) -> dict[str, Any]:
     """One training step's loss, norm and whole gradients by FQN, as this rank sees them."""
     from tpplan.runtime.api import parallelize
     from tpplan.runtime.full_tensors import full_tensor_of
 
-    parallel = parallelize(target_of(plan), plan, device="cpu", seed=SEED, float64=float64)
+    target = target_of(plan)
+    parallel = parallelize(target, plan, device="cpu", seed=SEED, float64=float64, compiled=compiled)
     batch = batch_of(parallel.samples, plan, parallel.mesh.replica, parallel.mesh.replicas)
-    with keep_float64():
+    with keep_float64() if float64 else nullcontext():
         parallel.forward_backward(batch)
     result = parallel._totals()
     grads = {

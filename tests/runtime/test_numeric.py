@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from numeric import SEED, check_gradients, initial_state, run_plan, target_of
+from numeric import SEED, check_gradients, initial_state, run_compiled, run_plan, target_of
 from plans import EXAMPLES, split, write_plan
 from tpplan.planner.plan import ModuleStyle, Plan
 from tpplan.runtime.initialise import build_seeded, named_tensors
@@ -130,6 +130,15 @@ def test_gradients_of_other_layouts(pool, layout: str) -> None:
 def test_gradients_in_float32(pool, layout: str) -> None:
     plan = plan_of("nanogpt", **LAYOUTS[layout])
     check_gradients(plan, pool.run(run_plan, plan=plan, float64=False), torch.float32, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp", "recompute"), [(1, 1, "none"), (2, 1, "selective"), (2, 2, "full")])
+def test_compiled_blocks_share_one_graph_and_have_the_same_gradients(pool, tp: int, pp: int, recompute: str) -> None:
+    plan = plan_of("llama", tp=tp, pp=pp, dp_shard=4 // (tp * pp), recompute=recompute)
+    results = pool.run(run_compiled, plan=plan)
+    check_gradients(plan, results, torch.float32, 1e-5)
+    assert [(result["graphs"], result["breaks"]) for result in results] == [(1, {})] * 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
