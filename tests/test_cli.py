@@ -123,7 +123,7 @@ def test_hardware_lists_the_profiles(run) -> None:
         (["--gpus", "4", "--hardware", "h100-smx"], 2, ["h100-sxm"]),
         (["--gpus", "4", "--hardware", "none.json"], 2, ["none.json"]),
         (["--gpus", "4", "--fix", "tp=3"], 3, ["tp=3"]),
-        (["--gpus", "4", "--fix", "pp=4"], 3, ["pp=4"]),
+        (["--gpus", "4", "--fix", "pp=3"], 3, ["pp=3"]),
         (["--gpus", "4", "--fix", "heads=4"], 2, ["Axes"]),
         (["--gpus", "4", "--memory-limit", "0.5"], 3, ["GiB", "stage"]),
         (["--gpus", "4", "--memory-limit", "-1"], 2, ["--memory-limit"]),
