@@ -132,12 +132,15 @@ def suggest(target: str, output: Path | None, format_: str, model_args: tuple[st
         found.plan.save(output)
     if format_ == "json":
         click.echo(found.plan.to_json(), nl=False)
-        return
-    from .reports.screen import plan_screen
+    else:
+        from .reports.screen import plan_screen
 
-    console = stdout_console()
-    console.print(plan_screen(found.plan))
-    console.print(f"\nWrote {output}. Next: tpplan run {output}", highlight=False, soft_wrap=True)
+        console = stdout_console()
+        console.print(plan_screen(found.plan))
+        console.print(f"\nWrote {output}. Next: tpplan run {output}", highlight=False, soft_wrap=True)
+    if found.plan.solver.status == "feasible" and options["time_limit_s"] is None:
+        click.echo(f"Interrupted: this is the best plan so far, gap {found.plan.solver.gap:.2%}.", err=True)
+        sys.exit(130)
 
 
 @cli.command()
