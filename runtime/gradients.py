@@ -38,7 +38,8 @@ class SharedParameters:
                 group = dist.new_group(members)
                 if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
                     groups[stages] = group
-        for name, parameter in mine.items():
+        # In order of names, so that all stages reduce in the same order.
+        for name, parameter in sorted(mine.items()):
             stages = holders.get(name, ())
             if len(stages) > 1:
                 self._shared.append((parameter, groups[stages]))
