@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from ..errors import ModelError
 from .fold import Folded
 from .graph import Affine, Op, Ref, UnitClass
+from .graph_view import absolute
 
 
 class NotAffine(Exception):
@@ -19,72 +20,105 @@ def _whole(x: float) -> float:
     return int(x) if x == int(x) else x
 
 
-def fit(batches: Sequence[int], values: Sequence[float]) -> Affine:
-    """The line through the first two points; every further point must lie on it exactly.
+def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> Affine:
+    """The line through the first two points; every further point must lie on it.
+
+    Where data decides sizes (`exact` false), points off the line give a figure proportional to the batch, as
+    measured at the largest.
 
     >>> fit((2, 3, 5), (14, 16, 20))
     Affine(base=10, per_sample=2)
+    >>> fit((2, 3, 5), (14, 17, 20), exact=False)
+    Affine(base=0, per_sample=4)
 
     Raises
     ------
     NotAffine
-        If it does not.
+        If a point is off the line and `exact`.
     """
-    if len(batches) == 1:
-        return Affine(values[0], 0)
     slope = (values[1] - values[0]) / (batches[1] - batches[0])
     line = Affine(_whole(values[0] - slope * batches[0]), _whole(slope))
-    for b, value in zip(batches, values, strict=True):
-        if line.at(b) != value:
-            raise NotAffine(f"{values[0]:g}, {values[1]:g}, {value:g} at microbatch sizes {tuple(batches)}")
-    return line
+    if all(line.at(b) == value for b, value in zip(batches, values, strict=True)):
+        return line
+    if exact:
+        shown = ", ".join(f"{value:g}" for value in values)
+        raise NotAffine(f"{shown} at microbatch sizes {', '.join(map(str, batches))}")
+    return Affine(0, _whole(values[-1] / batches[-1]))
 
 
-def _merge(batches: Sequence[int], values: Sequence[Any], argument: bool = False) -> Any:
-    first = values[0]
-    if isinstance(first, Affine):
-        return fit(batches, [v.base for v in values])
-    if isinstance(first, Ref) or all(v is first for v in values):
-        if any(v != first for v in values):
-            raise NotAffine("it reads other tensors")
-        return first
-    if is_dataclass(first) and not isinstance(first, type):
-        if len({type(v) for v in values}) > 1:
-            raise NotAffine("its arguments change their kind")
-        inside = {
-            f.name: _merge(batches, [getattr(v, f.name) for v in values], argument or f.name == "args")
-            for f in fields(first)
-        }
-        return replace(first, **inside)
-    if isinstance(first, tuple):
-        if len({len(v) for v in values}) > 1:
-            raise NotAffine("its arguments change their number")
-        return tuple(_merge(batches, [v[i] for v in values], argument) for i in range(len(first)))
-    if all(v == first for v in values):
-        return first
-    if argument and isinstance(first, int):
-        return fit(batches, values)
-    if argument and isinstance(first, float):
-        return first
-    raise NotAffine(f"{first!r} changes to {values[-1]!r}")
+@dataclass(frozen=True, slots=True)
+class _Merger:
+    """Merges copies of a value that were traced at several batches."""
+
+    batches: Sequence[int]
+    exact: bool = True
+
+    def merge(self, values: Sequence[Any], argument: bool = False) -> Any:
+        """One value; `argument` while inside an operator's arguments, whose numbers may follow the batch."""
+        first = values[0]
+        if isinstance(first, Affine):
+            return fit(self.batches, [v.base for v in values], self.exact)
+        if isinstance(first, Ref) or all(v is first for v in values):
+            if any(v != first for v in values):
+                raise NotAffine("it reads other tensors")
+            return first
+        if is_dataclass(first) and not isinstance(first, type):
+            if len({type(v) for v in values}) > 1:
+                raise NotAffine("its arguments change their kind")
+            inside = {
+                f.name: self.merge([getattr(v, f.name) for v in values], argument or f.name == "args")
+                for f in fields(first)
+            }
+            return replace(first, **inside)
+        if isinstance(first, tuple):
+            if len({len(v) for v in values}) > 1:
+                raise NotAffine("its arguments change their number")
+            return tuple(self.merge([v[i] for v in values], argument) for i in range(len(first)))
+        if all(v == first for v in values):
+            return first
+        if argument and isinstance(first, int):
+            return fit(self.batches, values, self.exact)
+        if argument and isinstance(first, float):
+            return first
+        raise NotAffine(f"{first!r} changes to {values[-1]!r}")
 
 
-def _merge_op(batches: Sequence[int], ops: Sequence[Op], owner: str) -> Op:
-    names = {op.name for op in ops}
+def _merge_op(
+    batches: Sequence[int], ops: Sequence[Op], index: int, owner: str, inexact: set[tuple[int, str]] | None
+) -> Op:
+    """One operator of class `index`; where data may decide, modules with sizes off the line go to `inexact`."""
     try:
+        names = {op.name for op in ops}
         if len(names) > 1:
             raise NotAffine(f"the operator itself changes ({', '.join(sorted(names))})")
-        return _merge(batches, ops)
+        try:
+            return _Merger(batches).merge(ops)
+        except NotAffine:
+            if inexact is None:
+                raise
+            inexact.add((index, ops[0].fqn))
+            return _Merger(batches, exact=False).merge(ops)
     except NotAffine as error:
+        where = absolute(ops[0].fqn, owner) or "the model"
         raise ModelError(
-            f"{ops[0].name} in {owner}{'.' + ops[0].fqn if ops[0].fqn else ''} does not grow linearly with the "
-            f"microbatch size: {error}.",
+            f"{ops[0].name} in {where} does not grow linearly with the microbatch size: {error}.",
             "Make every sample of the batch independent of the batch's size.",
         ) from None
 
 
-def merge_class(batches: Sequence[int], classes: Sequence[UnitClass], owner: str) -> UnitClass:
+def merge_class(
+    batches: Sequence[int], classes: Sequence[UnitClass], owner: str, inexact: set[tuple[int, str]] | None = None
+) -> UnitClass:
     """One class whose every figure is a function of the microbatch size, from its copies at concrete sizes.
+
+    Parameters
+    ----------
+    batches, classes : sequences
+        The microbatch sizes, and the class as traced at each.
+    owner : str
+        FQN of one unit of the class, for messages.
+    inexact : set, optional
+        Given where data decides sizes: takes (class, relative FQN) of modules whose figures are typical, not exact.
 
     Raises
     ------
@@ -97,15 +131,24 @@ def merge_class(batches: Sequence[int], classes: Sequence[UnitClass], owner: str
             f"{owner} runs {counts} operators at microbatch sizes {', '.join(map(str, batches))}.",
             "Make its forward run the same operators at every batch size.",
         )
-    ops = tuple(_merge_op(batches, [c.ops[i] for c in classes], owner) for i in range(len(classes[0].ops)))
+    ops = tuple(
+        _merge_op(batches, same, classes[0].index, owner, inexact)
+        for same in zip(*(c.ops for c in classes), strict=True)
+    )
     bare = [replace(c, ops=()) for c in classes]
     try:
-        return replace(_merge(batches, bare), ops=ops)
+        merged = replace(_Merger(batches, exact=inexact is None).merge(bare), ops=ops)
     except NotAffine as error:
         raise ModelError(
             f"{owner} does not grow linearly with the microbatch size: {error}.",
             "Make every sample of the batch independent of the batch's size.",
         ) from None
+    forward, backward = Affine(), Affine()
+    for op in ops:
+        forward += op.forward.flops
+        for kernel in op.backward:
+            backward += kernel.flops
+    return replace(merged, flops_forward=forward, flops_backward=backward)
 
 
 def _peak(batches: Sequence[int], curves: Sequence[list[int]]) -> Affine:
@@ -126,21 +169,23 @@ def _upper_line(batches: Sequence[int], values: Sequence[int]) -> Affine:
     return Affine(0, max(v / b for b, v in zip(batches, values, strict=True)))
 
 
-def merge(batches: Sequence[int], traces: Sequence[Folded], owners: Sequence[str]) -> tuple[UnitClass, ...]:
-    """The classes as functions of the microbatch size; `owners[i]` is the FQN of a unit of class i."""
+def merge(
+    batches: Sequence[int], traces: Sequence[Folded], owners: Sequence[str], inexact: set[tuple[int, str]] | None = None
+) -> tuple[UnitClass, ...]:
+    """The classes as functions of the microbatch size; `owners[i]` is the FQN of a unit of class i.
+
+    `inexact` as in `merge_class`.
+    """
     if any(t.class_of != traces[0].class_of for t in traces):
         raise ModelError(
             f"The model runs other modules at microbatch sizes {', '.join(map(str, batches))}.",
             "Make its forward run the same modules at every batch size.",
         )
-    merged = []
-    for i, owner in enumerate(owners):
-        found = merge_class(batches, [t.classes[i] for t in traces], owner)
-        merged.append(
-            replace(
-                found,
-                workspace_forward=_peak(batches, [t.forward_curves[i] for t in traces]),
-                workspace_backward=_peak(batches, [t.backward_curves[i] for t in traces]),
-            )
+    return tuple(
+        replace(
+            merge_class(batches, [t.classes[i] for t in traces], owner, inexact),
+            workspace_forward=_peak(batches, [t.forward_curves[i] for t in traces]),
+            workspace_backward=_peak(batches, [t.backward_curves[i] for t in traces]),
         )
-    return tuple(merged)
+        for i, owner in enumerate(owners)
+    )

@@ -147,8 +147,17 @@ def _worse(a: list[int], b: list[int]) -> list[int]:
     return b if max(b) > max(a) else a
 
 
-def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter]) -> Folded:
+def _skeleton(cls: UnitClass) -> tuple[Any, ...]:
+    """The class without its sizes: equal for layers that data only routes differently."""
+    ops = tuple((o.name, o.fqn, o.call, o.inputs, o.outputs, o.saved, len(o.backward)) for o in cls.ops)
+    tensors = tuple((t.dtype, t.kind, t.base, t.fqn, len(t.shape)) for t in cls.tensors)
+    return (cls.module_type, ops, tensors, cls.parameters, cls.inputs, cls.outputs)
+
+
+def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter], by_structure: bool) -> Folded:
     """Number the distinct classes of the units in order of first appearance.
+
+    `by_structure` (where data decides sizes): units that differ in sizes only are one class, the first's.
 
     Raises
     ------
@@ -156,7 +165,7 @@ def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter])
         If the last of the layers that were traced differs from the layer that stands for the replayed ones.
     """
     folded = Folded()
-    known: dict[UnitClass, int] = {}
+    known: dict[Any, int] = {}
     for span in spans:
         if span.template >= 0:
             folded.class_of.append(folded.class_of[span.template])
@@ -165,9 +174,10 @@ def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter])
         saved = _saved_storages(rec, span)
         kept = set(saved) | {rec.tensors[t].storage for t in span.outputs}
         forward, backward = forward_curve(rec, span.ops, kept), backward_curve(rec, span.ops, set(saved))
-        index = known.get(found)
+        key = _skeleton(found) if by_structure else found
+        index = known.get(key)
         if index is None:
-            index = known[found] = len(folded.classes)
+            index = known[key] = len(folded.classes)
             folded.classes.append(replace(found, index=index))
             folded.forward_curves.append(forward)
             folded.backward_curves.append(backward)

@@ -40,7 +40,7 @@ class Recorder(TorchDispatchMode):
         self._ids: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[torch.Tensor]] = {}
         self._storages: dict[int, int] = {}
-        self._on_storage: dict[int, set[int]] = {}
+        self._on_storage: dict[int, dict[int, None]] = {}
         self._stack: list[int] = []
         self._by_sequence: dict[int, int] = {}
         self._packed: list[tuple[int, int]] = []
@@ -81,12 +81,12 @@ class Recorder(TorchDispatchMode):
         key = id(tensor)
         if key not in self._refs:
             rec.storages[storage].live += 1
-            self._on_storage.setdefault(storage, set()).add(key)
+            self._on_storage.setdefault(storage, {})[key] = None
 
             def released(_: Any, key: int = key, storage: int = storage, cdata: int = cdata) -> None:
                 self._ids.pop(key, None)
                 self._refs.pop(key, None)
-                self._on_storage[storage].discard(key)
+                self._on_storage[storage].pop(key, None)
                 entry = rec.storages[storage]
                 entry.live -= 1
                 if entry.live == 0:

@@ -39,6 +39,7 @@ class Run:
     inputs: dict[str, int]
     replayed: int
     dropout: tuple[str, ...]
+    data_decides: bool
 
 
 class _Steady(TorchFunctionMode):
@@ -81,7 +82,7 @@ class _Steady(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _random_state() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """The same random draws every time, the caller's random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -132,7 +133,7 @@ def run_once(
         recorder.register(tensor, "buffer", name)
     replayer = Replayer(stand_in.repeated, recorder, stand_in.empty)
     steady = _Steady(recorder)
-    with _random_state():
+    with same_draws():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
         try:
@@ -145,8 +146,10 @@ def run_once(
     for parameter in model.parameters():
         parameter.grad = None
     spans = build_chain(recorder.recording, expandable(model, stand_in.repeated))
-    folded = fold(recorder.recording, spans, parameters)
-    return Run(recorder.recording, spans, folded, named, replayer.replayed, tuple(steady.dropout))
+    folded = fold(recorder.recording, spans, parameters, stand_in.data_decides)
+    return Run(
+        recorder.recording, spans, folded, named, replayer.replayed, tuple(steady.dropout), stand_in.data_decides
+    )
 
 
 def _forward_backward(

@@ -20,7 +20,11 @@ class RealModel:
     model : nn.Module
     repeated : dict
         Its lists of structurally equal members (`repeated_lists`).
+    data_decides : bool
+        Whether sizes may depend on values.
     """
+
+    data_decides = True
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.model = model
@@ -51,6 +55,8 @@ class FakeModel(RealModel):
 
     The CPU and not the meta device, because attention falls apart into products and a softmax there.
     """
+
+    data_decides = False
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -7,7 +7,7 @@ are traced: two give every figure as a function of the size, the third proves it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -25,7 +25,7 @@ from .fold import Folded, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
 from .recording import Recording
-from .run_once import Run, run_once
+from .run_once import Run, run_once, same_draws
 from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
 from .target import Target
 
@@ -101,8 +101,9 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
         if not isinstance(cause, _NEEDS_DATA) or sum(p.numel for p in parameters.values()) > LARGEST_REAL:
             raise
         notes.append(f"traced with real data, the figures hold for its routing: {type(cause).__name__}: {cause}")
-        real = RealModel(target.build("cpu").train(), precision)
-        runs = _runs(real, target, sequence_length, parameters, full, notes)
+        with same_draws():
+            real = RealModel(target.build("cpu").train(), precision)
+        runs = _runs(real, target, sequence_length, parameters, True, notes)
     return _assemble(target, model, runs, parameters, tied, notes, sequence_length, precision)
 
 
@@ -140,7 +141,8 @@ def _assemble(
             "Make its forward run the same operators at every batch size.",
         )
     owners = [next(u.fqn for u in units if u.class_index == i) for i in range(len(first.folded.classes))]
-    classes = merge(BATCHES, [run.folded for run in runs], owners)
+    inexact: set[tuple[int, str]] | None = set() if first.data_decides else None
+    classes = merge(BATCHES, [run.folded for run in runs], owners, inexact)
     used = _used_parameters(units, first.folded)
     unused = tuple(f for f, p in parameters.items() if p.requires_grad and not p.is_buffer and f not in used)
     if first.replayed:
@@ -166,7 +168,7 @@ def _assemble(
     )
     shared = zip(units, shared_saved(graph), strict=True)
     units = tuple(replace(unit, shared_saved=kept) for unit, kept in shared)
-    return replace(graph, units=units, opaque=_opaque(graph, first.recording))
+    return replace(graph, units=units, opaque=_opaque(graph, first.recording, inexact or ()))
 
 
 def _model_inputs(runs: Sequence[Run]) -> tuple[ModelInput, ...]:
@@ -184,16 +186,21 @@ def _model_inputs(runs: Sequence[Run]) -> tuple[ModelInput, ...]:
     return tuple(found)
 
 
-def _opaque(graph: ModelGraph, rec: Recording) -> tuple[tuple[str, str, float], ...]:
-    """(FQN, reason, share of the model's forward FLOPs) of modules with operators that have no cost formula."""
+def _opaque(
+    graph: ModelGraph, rec: Recording, inexact: Collection[tuple[int, str]]
+) -> tuple[tuple[str, str, float], ...]:
+    """(FQN, reason, share of the model's forward FLOPs) of modules whose operators have no exact figures."""
+    reasons = dict(rec.opaque)
+    for unit in graph.units:
+        for fqn in sorted(name for index, name in inexact if index == unit.class_index):
+            reasons.setdefault(absolute(fqn, unit.fqn), "its sizes depend on data; figures are those of random inputs")
+    outermost = {f: r for f, r in reasons.items() if not any(f.startswith(o + ".") for o in reasons if o)}
     total = graph.flops_forward.at(1)
-    found = []
-    for fqn, reason in rec.opaque.items():
-        inside = 0.0
-        for unit in graph.units:
-            for op in graph.classes[unit.class_index].ops:
-                name = absolute(op.fqn, unit.fqn)
+    inside = dict.fromkeys(outermost, 0.0)
+    for unit in graph.units:
+        for op in graph.classes[unit.class_index].ops:
+            name = absolute(op.fqn, unit.fqn)
+            for fqn in outermost:
                 if name == fqn or name.startswith(fqn + "."):
-                    inside += op.forward.flops.at(1)
-        found.append((fqn, reason, inside / total if total else 0.0))
-    return tuple(found)
+                    inside[fqn] += op.forward.flops.at(1)
+    return tuple((fqn, reason, inside[fqn] / total if total else 0.0) for fqn, reason in outermost.items())

@@ -312,3 +312,39 @@ def example_inputs(batch, seq):
     assert not any(t.shape[-2:] == (Affine(8), Affine(8)) and t.kind == "activation" for t in block.tensors)
     assert graph.notes[0].startswith("2 repeated layers")
     assert any("dropout" in note for note in graph.notes)
+
+
+def test_routing_by_data_is_traced_and_listed_as_opaque(tmp_path):
+    text = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+    def forward(self, x):
+        rows = x.reshape(-1, 8)
+        weight, chosen = self.gate(rows).softmax(-1).max(-1)
+        out = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            mine = (chosen == i).nonzero().squeeze(-1)
+            out = out.index_add(0, mine, expert(rows[mine]) * weight[mine, None])
+        return x + out.view_as(x)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, seq, 8)
+"""
+    graph = model(tmp_path, text).verify()
+    assert [fqn for fqn, _, _ in graph.opaque] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert sum(share for _, _, share in graph.opaque) == pytest.approx(1)
+    tokens = 4 * 8
+    assert graph.flops_forward.at(4) == pytest.approx(3 * 2 * tokens * (8 * 8 + 8 * 4), rel=0.15)
+    assert graph.hash == model(tmp_path, text).hash
