@@ -77,6 +77,7 @@ class Part(nn.Module):
             output = self.model(*inputs.args, **inputs.kwargs, **extra)
         except StageExit as exit:
             return pack([unwrap_activation(tensor) for tensor in exit.tensors], self._border.sends)
+        self._border.leave()
         loss = unwrap_activation(self._target.loss(output, inputs, self._num_items))
         return loss.reshape(1) * self._loss_scale
 
