@@ -85,9 +85,14 @@ class Interpreter:
         lost = self.out.columns - self.out.consumed
         if lost:
             raise Conflict(frozenset(lost), "no later layer takes its split output")
-        for (tensor, _), module in self.out.inputs_summed.items():
-            n_bytes = tensor_bytes(self.cls.tensors[tensor])
-            self.out.collectives.append(Collective("backward", "all_reduce", n_bytes, module))
+        for (tensor, door), module in self.out.inputs_summed.items():
+            # A module that holds projections sums at its door, for those inside its children too.
+            if not any(
+                t == tensor and f"{door}.".startswith(f"{d}.".lstrip(".")) and d != door
+                for t, d in self.out.inputs_summed
+            ):
+                n_bytes = tensor_bytes(self.cls.tensors[tensor])
+                self.out.collectives.append(Collective("backward", "all_reduce", n_bytes, module))
         return self.out
 
     # one operator

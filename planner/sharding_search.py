@@ -161,7 +161,8 @@ class Search:
         if any(self.layers[i][f].kind == "embedding" and self.decisions[i, f].style == "vocab" for i, f in tied):
             return True
         linears = [fqn for fqn, other in self.layers[key[0]].items() if other.kind == "linear"]
-        last = self.graph.units[-1].class_index == key[0] and linears[-1:] == [key[1]]
+        alone = sum(unit.class_index == key[0] for unit in self.graph.units) == 1
+        last = alone and self.graph.units[-1].class_index == key[0] and linears[-1:] == [key[1]]
         return last and (layer.numel >= _MINOR_SHARE * self.total() or 2 * layer.numel >= self._largest_embedding())
 
     def _largest_embedding(self) -> float:
