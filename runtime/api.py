@@ -183,6 +183,7 @@ class Parallel:
             receives=border.receives,
             sends=border.sends,
             before_backward=self._sync.before_backward,
+            loss_dtype=self.stage.part.loss_dtype,
         )
         return make_schedule(self.plan, pipe)
 

@@ -79,7 +79,12 @@ class Part(nn.Module):
             return pack([unwrap_activation(tensor) for tensor in exit.tensors], self._border.sends)
         self._border.leave()
         loss = unwrap_activation(self._target.loss(output, inputs, self._num_items))
-        return loss.reshape(1) * self._loss_scale
+        return (loss.reshape(1) * self._loss_scale).to(self.loss_dtype)
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """float32, or float64 where the model computes in it."""
+        return torch.promote_types(self._float_dtype, torch.float32)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._float_dtype) if tensor.is_floating_point() else tensor

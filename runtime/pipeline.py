@@ -77,6 +77,8 @@ class LeanStage(PipelineStage):
         What crosses the two borders.
     before_backward : callable
         Called with whether it is the step's last microbatch, before each backward.
+    loss_dtype : torch.dtype
+        Of what the last stage returns (torch 2.11 compares it).
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class LeanStage(PipelineStage):
         receives: Sequence[Wire],
         sends: Sequence[Wire],
         before_backward: Callable[[bool], None],
+        loss_dtype: torch.dtype,
     ) -> None:
-        last = (torch.empty(1, device="meta", requires_grad=True),)
+        last = (torch.empty(1, dtype=loss_dtype, device="meta", requires_grad=True),)
         super().__init__(
             module,
             index,
