@@ -20,6 +20,11 @@ def _whole(x: float) -> float:
     return int(x) if x == int(x) else x
 
 
+def _same(x: float, y: float) -> bool:
+    """Equal; what is no whole number (tokens an expert gets) up to rounding."""
+    return x == y or (isinstance(y, float) and abs(x - y) <= 1e-12 * abs(y))
+
+
 def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> Affine:
     """The line through the first two points; every further point must lie on it.
 
@@ -38,7 +43,7 @@ def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> 
     """
     slope = (values[1] - values[0]) / (batches[1] - batches[0])
     line = Affine(_whole(values[0] - slope * batches[0]), _whole(slope))
-    if all(line.at(b) == value for b, value in zip(batches, values, strict=True)):
+    if all(_same(line.at(b), value) for b, value in zip(batches, values, strict=True)):
         return line
     if exact:
         shown = ", ".join(f"{value:g}" for value in values)

@@ -26,6 +26,7 @@ _ATTENTION = {
     "_scaled_dot_product_cudnn_attention_backward": True,
 }
 _CONVOLUTION = {"convolution", "_convolution", "convolution_overrideable", "cudnn_convolution", "_slow_conv2d_forward"}
+_GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
 _GEMM = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
 
 # Operators that allocate or rename memory without a kernel, beside those whose schema declares a view.
@@ -141,6 +142,33 @@ def _gemm_dims(base: str, args: Sequence[Any]) -> tuple[int, ...]:
     return (1, a.shape[0], b.shape[1], a.shape[1])
 
 
+def _grouped_dims(a: Any, b: Any, groups: int) -> tuple[float, ...]:
+    """(groups, m, n, k) of a grouped product (experts); the dimension that is split is taken as split evenly."""
+    if a.dim() == 2 and b.dim() == 3:
+        return (groups, a.shape[0] / groups, b.shape[2], a.shape[1])
+    if a.dim() == 2:
+        return (groups, a.shape[0], b.shape[1], a.shape[1] / groups)
+    if b.dim() == 2:
+        return (groups, a.shape[1], b.shape[1] / groups, a.shape[2])
+    return (groups, a.shape[1], b.shape[2], a.shape[2])
+
+
+def _grouped_backward(info: OpInfo, args: Sequence[Any], outputs: Sequence[Any]) -> list[Kernel]:
+    """Both products of a grouped product's backward that is one operator (x, weight, offsets, gradient)."""
+    x, weight, _, grad = args
+    groups, k, n = weight.shape
+    tokens = x.shape[0] / groups
+    flops = Affine(2 * x.shape[0] * k * n)
+    found = []
+    for wrt, dims, other, made in (
+        ("input", (groups, tokens, k, n), weight, outputs[0]),
+        ("weight", (groups, k, n, tokens), x, outputs[1]),
+    ):
+        moved = Affine(_bytes(grad) + _bytes(other) + _bytes(made))
+        found.append(Kernel(info.name, "gemm", flops, moved, tuple(Affine(d) for d in dims), _dtype(x), wrt))
+    return found
+
+
 def _convolution_flops(x: Any, weight: Any, output: Any, transposed: bool) -> int:
     """2 x multiply-adds of one convolution: per output element (per input element if transposed)."""
     n = x.numel() if transposed else output.numel()
@@ -177,7 +205,7 @@ def price(
     Returns
     -------
     kernels : list of Kernel
-        One, or two for a convolution's backward. `Affine` figures have only a base here.
+        One, or two where one operator is the backward of an input and a weight. `Affine` figures have only a base here.
     unknown : str
         Why the call has no cost formula ("" if it has one).
     """
@@ -190,12 +218,18 @@ def price(
         return [Kernel(info.name, "free", Affine(), Affine(), (), dtype, wrt)], ""
     moved = least_bytes(info, [*args, *kwargs.values()], outputs)
 
-    def make(kind: str, flops: float, dims: Sequence[int] = (), of: torch.dtype | None = None) -> Kernel:
+    def make(kind: str, flops: float, dims: Sequence[float] = (), of: torch.dtype | None = None) -> Kernel:
         name = dtype if of is None else str(of).removeprefix("torch.")
         return Kernel(info.name, kind, Affine(flops), Affine(moved), tuple(Affine(d) for d in dims), name, wrt)
 
     if info.base in _ATTENTION:
         return [_attention(info, args, kwargs, make)], ""
+    if info.base == "grouped_mm_fallback_backward":
+        return _grouped_backward(info, args, leaves), ""
+    if info.base in _GROUPED:
+        offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+        dims = _grouped_dims(args[0], args[1], args[0].shape[0] if offsets is None else offsets.shape[0])
+        return [make("gemm", round(2 * dims[0] * dims[1] * dims[2] * dims[3]), dims, args[0].dtype)], ""
     if info.namespace not in ("aten", "prims", "prim"):
         return [make("memory", 0)], f"{info.name} has no cost formula; priced by its bytes"
     if info.base == "convolution_backward":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -131,3 +132,29 @@ def test_grouped_convolution_backward_is_twice_forward(tmp_path):
     one = 2 * 8 * (8 // 4) * 9 * 8 * 8
     assert graph.flops_forward.at(1) == 2 * one
     assert graph.flops_backward.at(1) == 2 * one + one  # the first has no gradient of its input
+
+
+def test_experts_of_a_mixtral_count_the_tokens_routed_to_them(tmp_path):
+    """torch's counter has no formula for grouped products, so this one is by hand: three products a token and expert."""
+    pytest.importorskip("transformers")
+    h, ffn, experts, top_k, layers, seq, b = 64, 96, 4, 2, 4, 16, 2
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": layers,
+        "hidden_size": h,
+        "intermediate_size": ffn,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k,
+        "vocab_size": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    graph = trace(load_target(str(tmp_path)), sequence_length=seq, precision="bf16").verify()
+    grouped = [op for unit in graph.units for op in graph.classes[unit.class_index].ops if "grouped_mm" in op.name]
+    assert sum(op.forward.flops.at(b) for op in grouped) == layers * 3 * 2 * b * seq * top_k * h * ffn
+    backward = [k for op in grouped for k in op.backward if k.kind == "gemm"]
+    assert sum(k.flops.at(b) for k in backward) == 2 * sum(op.forward.flops.at(b) for op in grouped)
+    assert {k.wrt for k in backward} == {"input", "weight"}
+    assert graph.opaque == ()
