@@ -135,7 +135,7 @@ def test_grouped_convolution_backward_is_twice_forward(tmp_path):
 
 
 def test_experts_of_a_mixtral_count_the_tokens_routed_to_them(tmp_path):
-    """torch's counter has no formula for grouped products, so this one is by hand: three products a token and expert."""
+    """torch's counter has no formula for grouped products, so by hand: three products a token and expert."""
     pytest.importorskip("transformers")
     h, ffn, experts, top_k, layers, seq, b = 64, 96, 4, 2, 4, 16, 2
     config = {
