@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -185,8 +185,7 @@ class Materialiser:
     def __call__(self, module: nn.Module, fqn: str) -> None:
         """Replace every tensor of `module` (the unit `fqn`) that is still on meta by its initial value."""
         for prefix, owner in module.named_modules(prefix=fqn):
-            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner.__dict__)
-            for table in tables:
+            for table in cast("list[dict[str, Any]]", [owner._parameters, owner._buffers, owner.__dict__]):
                 for name, tensor in list(table.items()):
                     if not isinstance(tensor, torch.Tensor):
                         continue
