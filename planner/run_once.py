@@ -137,7 +137,7 @@ def run_once(
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
         try:
-            with _quiet_torch(), user_code("", target._source.folder), _blaming(target):
+            with _quiet_torch(), user_code(f"{target.name} failed while being traced", target._source.folder), _blaming(target):
                 _forward_backward(recorder, replayer, steady, target, inputs, full)
         except ModelError as error:
             if replayer.replayed:  # perhaps it misses what a replayed layer did not do
