@@ -102,7 +102,7 @@ def _quiet_torch() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _blaming(target: Target) -> Iterator[None]:
+def _blaming(doing: str, target: Target) -> Iterator[None]:
     """Turn an error of the model's code into one line that names the innermost line outside torch."""
     try:
         yield
@@ -116,7 +116,7 @@ def _blaming(target: Target) -> Iterator[None]:
             if frames:
                 where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {describe(error)}"
         raise ModelError(
-            f"{target.name} failed while being traced. {where}",
+            f"{doing}. {where}",
             "Correct the model's code or the shapes of its inputs; --debug shows the whole traceback.",
         ) from error
 
@@ -136,8 +136,9 @@ def run_once(
     with same_draws():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
+        doing = f"{target.name} failed while being traced"
         try:
-            with _quiet_torch(), user_code(f"{target.name} failed while being traced", target._source.folder), _blaming(target):
+            with _quiet_torch(), user_code(doing, target._source.folder), _blaming(doing, target):
                 _forward_backward(recorder, replayer, steady, target, inputs, full)
         except ModelError as error:
             if replayer.replayed:  # perhaps it misses what a replayed layer did not do
