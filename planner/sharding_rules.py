@@ -23,7 +23,19 @@ from .sharding_shapes import (
     through_reduction,
     through_view,
 )
-from .sharding_states import Collective, Conflict, Decision, Layer, Outcome, Split, State, Weight, Whole, tensor_bytes
+from .sharding_states import (
+    Collective,
+    Conflict,
+    Decision,
+    Layer,
+    Outcome,
+    Split,
+    State,
+    Weight,
+    Whole,
+    is_transpose,
+    tensor_bytes,
+)
 
 _PROBE = 7  # microbatch at which shapes are compared: prime, so that chance equalities are rare
 
@@ -177,8 +189,8 @@ class Interpreter:
     def _whole(self, op: Op, base: str) -> list[State]:
         """No split input: whole, after a check that no split weight is used in a way that is not known."""
         weights = [s for s in self._inputs(op) if isinstance(s, Weight)]
-        if weights and base in ("t", "transpose", "alias", "detach"):
-            return [Weight(weights[0].name, weights[0].transposed != (base in ("t", "transpose")))]
+        if weights and (base in ("t", "transpose", "alias", "detach") or is_transpose(op)):
+            return [Weight(weights[0].name)]
         for weight in weights:
             own = weight.name.endswith(".bias") and op.fqn in self.layers  # added after a gathered product
             if not own and self.sharded(weight.name):
@@ -250,20 +262,17 @@ class Interpreter:
             raise Conflict(frozenset(), reason, weight=state.name)
 
     def _attention(self, op: Op) -> list[State]:
-        query, key, value = [a.tensor for a in op.args if isinstance(a, Ref)][:3]
+        """Heads are independent. Whole keys and values get partial gradients, summed with those of their input."""
+        query, key = [a.tensor for a in op.args if isinstance(a, Ref)][:2]
         heads = len(self.sizes[query]) - 3
         splits = self._splits(op)
         if not splits:
             return [Whole()] * len(op.outputs)
         sources = frozenset[str]().union(*(s.sources for _, s in splits))
         state = self.out.states[query]
-        if not isinstance(state, Split) or any(s.dim != heads or s.segments for _, s in splits):
-            raise Conflict(sources, f"{op.fqn} attends over a split that is not by heads")
-        for tensor in {key, value}:
-            other = self.out.states[tensor]
-            if not isinstance(other, Split) and self.cls.tensors[tensor].requires_grad:
-                n_bytes = tensor_bytes(self.cls.tensors[tensor])
-                self.out.collectives.append(Collective("backward", "all_reduce", n_bytes, op.fqn))
+        wrong = [s.sources for _, s in splits if s.dim != heads or s.segments or not isinstance(state, Split)]
+        if wrong:  # a single key/value head ends up here: it stays whole, and each rank's queries share it
+            raise Conflict(frozenset[str]().union(*wrong), f"{op.fqn} attends over a split that is not by heads")
         n_heads, n_kv = self.sizes[query][heads], self.sizes[key][heads]
         self.out.limits.append((sources, n_heads, f"{op.fqn} ({n_heads} heads)"))
         if n_kv != n_heads and isinstance(self.out.states[key], Split):

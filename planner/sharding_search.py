@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .graph import ModelGraph, Op, UnitClass
 from .sharding_rules import Interpreter
-from .sharding_states import Conflict, Decision, Layer, Outcome, absolute
+from .sharding_states import Conflict, Decision, Layer, Outcome, absolute, is_transpose
 
 _VOCAB_DEGREES = 8  # a vocabulary is split only if every other legal degree up to this divides it
 _MINOR_SHARE = 0.05  # layers below this share of the parameters may not narrow the choice of tp
@@ -68,7 +68,7 @@ class Search:
     def _layers_of(self, cls: UnitClass, prefix: str, names: Sequence[str]) -> Iterable[tuple[str, Layer]]:
         transposed: dict[int, int] = {}
         for op in cls.ops:
-            if op.name in ("aten.t.default", "aten.transpose.int") and names[op.inputs[0]]:
+            if is_transpose(op) and names[op.inputs[0]]:
                 transposed[op.outputs[0]] = op.inputs[0]
             kind = {"aten.mm.default": "linear", "aten.addmm.default": "linear"}.get(op.name)
             kind = "embedding" if op.name == "aten.embedding.default" else kind

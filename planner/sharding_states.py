@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..units import DTYPE_BYTES
-from .graph import Affine, Tensor
+from .graph import Affine, Op, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,6 @@ class Weight:
     """A parameter by its absolute name, as stored or transposed."""
 
     name: str
-    transposed: bool = False
 
 
 State = Whole | Split | Weight
@@ -98,6 +97,13 @@ class Outcome:
     collectives: list[Collective] = field(default_factory=list)
     inputs_summed: dict[tuple[int, str], str] = field(default_factory=dict)
     limits: list[tuple[frozenset[str], int, str]] = field(default_factory=list)
+
+
+def is_transpose(op: Op) -> bool:
+    """Whether `op` swaps the two dimensions of a matrix: t(), transpose, or permute as .T makes it."""
+    return op.name in ("aten.t.default", "aten.transpose.int") or (
+        op.name == "aten.permute.default" and op.args[1] == (1, 0)
+    )
 
 
 def tensor_bytes(tensor: Tensor) -> Affine:

@@ -111,6 +111,7 @@ def test_convolutions_are_not_split() -> None:
         ("manual", {"qkv": "packed", "out": "row"}, {"both": "packed", "down": "row"}),
         ("unbound", {"qkv": "packed", "proj": "row"}, {"both": "packed", "down": "row"}),
         ("rotary", {"wq": "col", "wk": "col", "wv": "col", "wo": "row"}, {"0": "col", "2": "row"}),
+        ("one key", {"wq": "col", "wo": "row"}, {"0": "col", "2": "row"}),
         (
             "adapters",
             {"wq.base": "col", "wq.b": "col", "wk": "col", "wv.base": "col", "wv.b": "col"}

@@ -27,6 +27,7 @@ TARGETS: dict[str, tuple[str, dict[str, str]]] = {
     "manual": (OWN, {"kind": "manual"}),
     "unbound": (OWN, {"kind": "unbound"}),
     "rotary": (OWN, {"kind": "rotary"}),
+    "one key": (OWN, {"kind": "one key"}),
     "adapters": (OWN, {"kind": "adapters"}),
     "llama": (str(ROOT / "examples" / "llama_tiny"), {}),
     "bert": (str(ROOT / "examples" / "bert_tiny"), {}),

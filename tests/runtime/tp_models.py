@@ -83,6 +83,20 @@ class GateUp(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class Product(nn.Linear):
+    """A linear that multiplies by its transposed weight itself, as Falcon's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T
+
+
+class Transposed(nn.Sequential):
+    """An MLP of such products."""
+
+    def __init__(self) -> None:
+        super().__init__(Product(WIDTH, 128, bias=False), nn.GELU(), Product(128, WIDTH, bias=False))
+
+
 class Adapter(nn.Module):
     """A frozen linear and a low-rank learned one beside it."""
 
@@ -132,7 +146,7 @@ class Model(nn.Module):
 
 
 def build_model(kind: str) -> Model:
-    """One of the models: manual, unbound, rotary, adapters."""
+    """One of the models: manual, unbound, rotary, one key, adapters."""
     embedding: nn.Embedding = nn.Embedding(VOCAB, WIDTH, padding_idx=0)
     blocks = []
     for _ in range(2):
@@ -142,11 +156,13 @@ def build_model(kind: str) -> Model:
             attention = ManualAttention()
         if kind == "unbound":
             attention, embedding = UnboundAttention(), ScaledEmbedding(VOCAB, WIDTH)
+        if kind == "one key":
+            attention, mlp = RotaryAttention(kv=1), Transposed()
         if kind == "adapters":
             attention = RotaryAttention(kv=4)
             for name in ("wq", "wv", "wo"):
                 setattr(attention, name, Adapter(getattr(attention, name)))
-        if kind != "unbound" and kind != "manual":
+        if kind in ("rotary", "adapters"):
             mlp = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH))
         blocks.append(Block(attention, mlp))
     return Model(blocks, embedding)
