@@ -26,6 +26,7 @@ TORCH_ALLOWED_ELSEWHERE = {
     f"planner/{name}.py"
     for name in (
         "arguments",
+        "attention",
         "chain",
         "construct",
         "diffusers_models",
@@ -37,9 +38,11 @@ TORCH_ALLOWED_ELSEWHERE = {
         "losses",
         "recorder",
         "replay",
+        "run_once",
         "sequence",
         "signature",
         "sources",
+        "stand_in",
         "target",
         "trace",
         "user_module",
