@@ -261,7 +261,7 @@ def solver_section(model: CostModel, result: SearchResult, wall_s: float) -> Sol
     import highspy
 
     return SolverSection(
-        status="optimal" if result.gap <= model.request.gap else "feasible",
+        status="optimal" if result.status == "optimal" else "feasible",
         objective_s=result.best.evaluation.step_time_s,
         lower_bound_s=result.lower_bound_s,
         gap=result.gap,

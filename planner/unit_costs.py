@@ -267,5 +267,17 @@ def unit_memory(
         none=round(none),
         selective=round(min(none, total(inputs | outputs_kept))),
         full=round(min(none, full)),
-        workspace=round(cls.workspace_backward.at(b) * share),
+        workspace=round(cls.workspace_backward.at(b) * share + loss_parallel_bytes(cls, sharding, tp, b)),
     )
+
+
+def loss_parallel_bytes(cls: UnitClass, sharding: ClassSharding | None, tp: int, b: int) -> float:
+    """What torch's loss_parallel needs above the plain loss in backward: one more copy of the local logits.
+
+    Its gradient is (one_hot + exp(x)) * g, out of place: three copies live at once instead of two (torch,
+    distributed/tensor/parallel/loss.py, _nll_loss_and_log_softmax_backward).
+    """
+    if sharding is None or tp == 1:
+        return 0.0
+    logits = [op.outputs[0] for i, op in enumerate(cls.ops) if "_log_softmax" in op.name and sharding.op_split[i]]
+    return sum(tensor_bytes(cls, sharding, t, tp, b) for t in logits)
