@@ -277,12 +277,13 @@ class Search:
                     self._replicate(key, f"tp = {', '.join(map(str, wanted))} do not all divide {size}")
 
     def _minor(self) -> None:
-        """Give up small layers that would narrow the choice of tp."""
-        common = 0
-        for numel, members, size in sorted(self._components(), key=lambda c: (-c[0], sorted(c[1]))):
+        """Give up small layers of the body that would narrow the choice of tp."""
+        body = [c for c in self._components() if not self._is_vocabulary(c[1])]
+        total, common = sum(c[0] for c in body), 0
+        for numel, members, size in sorted(body, key=lambda c: (-c[0], sorted(c[1]))):
             narrower = math.gcd(common, size)
             lost = any(common % d == 0 and narrower % d for d in range(2, _VOCAB_DEGREES + 1))
-            if common and lost and numel < _MINOR_SHARE * self.total():
+            if common and lost and numel < _MINOR_SHARE * total:
                 for key in members:
                     self._replicate(key, f"its {size} parts would limit tp")
             else:

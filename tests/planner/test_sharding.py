@@ -99,6 +99,13 @@ def test_an_odd_vocabulary_stays_whole_rather_than_limit_tp() -> None:
     assert any("97" in reason for reason in s.reasons)
 
 
+def test_a_vocabulary_larger_than_the_body_does_not_cost_the_heads() -> None:
+    s = found(str(ROOT / "examples" / "nanogpt.py"), ("n_layer", "2"), ("n_head", "4"), ("n_embd", "32"))
+    assert s.styles["transformer.h.0.attn.c_attn"].style == "packed"
+    assert s.styles["transformer.wte"].style == "vocab"
+    assert s.degrees_allowed(8) == [1, 2, 4]
+
+
 def test_convolutions_are_not_split() -> None:
     s = found(str(ROOT / "examples" / "resnet.py"), ("depth", "18"), ("width", "8"), ("num_classes", "10"), seq=32)
     assert s.degrees_allowed(8) == [1]
