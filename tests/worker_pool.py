@@ -147,6 +147,17 @@ def _task(message: tuple[Any, ...], loaded: dict[str, ModuleType]) -> tuple[str,
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Clear DTensor's caches: they hold meshes, whose process groups are gone or bear the name of others now."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    for function in vars(_redistribute).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def _serve(port: int, rank: int) -> None:
