@@ -14,6 +14,10 @@ def as_tpplan_error(error: BaseException, rank: int) -> TpplanError:
     """Any exception as one that a user can read."""
     if isinstance(error, TpplanError):
         return error
+    while error.__cause__ is not None:  # torch's pipeline wraps what a stage raised
+        error = error.__cause__
+    if isinstance(error, TpplanError):
+        return error
     first = (str(error).strip().splitlines() or ["no message"])[0]
     kind = type(error).__name__
     if kind == "OutOfMemoryError":
@@ -34,7 +38,7 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> int:
         "message": known.message,
         "remedy": known.remedy,
         # A connection that breaks is the consequence of another rank's failure.
-        "consequence": not isinstance(error, TpplanError) and _is_broken_connection(error),
+        "consequence": isinstance(known, ModelError) and _is_broken_connection(error),
         "time": time.time(),
     }
     (folder / f"error-{rank}.json").write_text(json.dumps(record))

@@ -18,6 +18,7 @@ from ..errors import PlanFileError
 from ..planner.inputs import Inputs
 from ..planner.plan import Plan, StageSection
 from ..planner.target import Target
+from .batch_norm import keep_batch_norm_in_float32
 from .data_parallel import shard_parameters, wrappable_units
 from .gradients import SharedParameters
 from .initialise import Materialiser, initial_tensors
@@ -95,6 +96,8 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
                 hollow_parameter(model, name, options.device)
     if mesh.degree("tp") > 1:
         apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp)
+    if compute_dtype.itemsize < 4:
+        keep_batch_norm_in_float32(model)
     blocks = [fqn for fqn in section.modules if fqn.rpartition(".")[2].isdigit()] if options.compiled else []
     wrap_units(model, section.recompute, frozenset(blocks))
     part = Part(model, target, border, mesh, compute_dtype)

@@ -123,6 +123,21 @@ def run_plan(rank: int, world: int, plan: Plan, float64: bool = True, compiled: 
     return {"loss": result.loss.item(), "norm": result.grad_norm.item(), "grads": grads}
 
 
+def check_roughly(plan: Plan, results: list[dict[str, Any]], tolerance: float) -> None:
+    """Loss, norm and every large gradient's direction against the single process in float32."""
+    loss, expected = reference(plan, torch.float32)
+    aliases = _aliases(plan)
+    norm = sum(g.norm().item() ** 2 for g in expected.values()) ** 0.5
+    for result in results:
+        assert abs(result["loss"] - loss) <= tolerance * abs(loss), (result["loss"], loss)
+        assert abs(result["norm"] - norm) <= tolerance * norm, (result["norm"], norm)
+        for name, grad in result["grads"].items():
+            wanted = expected[aliases[name]]
+            if wanted.norm() > 0.1 * norm:
+                likeness = torch.cosine_similarity(grad.flatten(), wanted.flatten(), dim=0).item()
+                assert likeness > 1 - tolerance, (name, likeness)
+
+
 def initial_state(rank: int, world: int, plan: Plan) -> dict[str, torch.Tensor]:
     """Whole initial parameters and buffers of this rank's stage."""
     from tpplan.runtime.api import parallelize

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from numeric import SEED, check_gradients, initial_state, run_compiled, run_plan, target_of
+from numeric import SEED, check_gradients, check_roughly, initial_state, run_compiled, run_plan, target_of
 from plans import EXAMPLES, split, write_plan
 from tpplan.planner.plan import ModuleStyle, Plan
 from tpplan.runtime.initialise import build_seeded, named_tensors
@@ -130,6 +130,21 @@ def test_gradients_of_other_layouts(pool, layout: str) -> None:
 def test_gradients_in_float32(pool, layout: str) -> None:
     plan = plan_of("nanogpt", **LAYOUTS[layout])
     check_gradients(plan, pool.run(run_plan, plan=plan, float64=False), torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("llama", {"tp": 2, "pp": 2}),
+        ("lora", {"dp_shard": 4}),
+        ("resnet", {"pp": 2, "dp_shard": 2, "sequence_length": 64, "microbatch_size": 8}),
+    ],
+)
+def test_bf16_runs_are_close_to_float32(pool, model: str, options: dict[str, Any]) -> None:
+    plan = plan_of(model, precision="bf16", **options)
+    # Many batch norms over few samples magnify rounding: one process under torch.autocast is as far off.
+    tolerance = 0.1 if model == "resnet" else 0.05
+    check_roughly(plan, pool.run(run_plan, plan=plan, float64=False), tolerance)
 
 
 @pytest.mark.slow
