@@ -79,9 +79,9 @@ def stage_sections(model: CostModel, mesh: Mesh, assignment: Assignment) -> list
 
 
 def wire_names(graph: ModelGraph, position: int) -> list[str]:
-    """Tensors that a cut after `position` sends, as fqn:call:leaf."""
-    units = graph.units
-    return [f"{units[source].fqn}:{units[source].call}:{leaf}" for source, leaf in units[position].wire]
+    """Tensors that a cut after `position` sends, as fqn:call:leaf of the module that returns them."""
+    leaves = [graph.units[source].output_leaves[output] for source, output in graph.units[position].wire]
+    return [f"{fqn}:{call}:{leaf}" for fqn, call, leaf in leaves]
 
 
 def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSection:

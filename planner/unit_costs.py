@@ -41,7 +41,7 @@ class UnitMemory:
     """Bytes of one unit and microbatch on one rank.
 
     none, selective, full : kept from forward to backward under each recomputation
-    workspace : peak above what is kept while the unit runs backward, without recomputation
+    workspace : peak above what is kept while the unit runs, without recomputation
     """
 
     none: int
@@ -263,11 +263,12 @@ def unit_memory(
     whole = sum(tensor_bytes(cls, None, t, 1, b) for t in saved)
     local = sum(tensor_bytes(cls, sharding, t, tp, b) for t in saved)
     share = local / whole if whole else 1.0
+    workspace = max(cls.workspace_forward.at(b), cls.workspace_backward.at(b))
     return UnitMemory(
         none=round(none),
         selective=round(min(none, total(inputs | outputs_kept))),
         full=round(min(none, full)),
-        workspace=round(cls.workspace_backward.at(b) * share + loss_parallel_bytes(cls, sharding, tp, b)),
+        workspace=round(workspace * share + loss_parallel_bytes(cls, sharding, tp, b)),
     )
 
 
