@@ -7,16 +7,28 @@ The names are noted once a model, and replaced only inside `interposed()`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from .attention import attention_on_local_heads, torch_attention
+from .products import (
+    einsum_on_local_batches,
+    matmul_on_local_batches,
+    matmul_operators,
+    torch_einsum,
+    torch_matmul,
+)
 from .vocabulary import embedding_on_local_rows, torch_embedding
 
-_OWN = {id(torch_attention): attention_on_local_heads, id(torch_embedding): embedding_on_local_rows}
+_OWN: dict[int, Callable[..., Any]] = {
+    id(torch_attention): attention_on_local_heads,
+    id(torch_embedding): embedding_on_local_rows,
+    id(torch_matmul): matmul_on_local_batches,
+    id(torch_einsum): einsum_on_local_batches,
+}
 # (namespace, name, torch's function): a property of this process's modules, like sys.modules itself.
 _names: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -45,7 +57,8 @@ def interposed() -> Iterator[None]:
     try:
         for space, name, function in replaced:
             space[name] = _OWN[id(function)]
-        yield
+        with matmul_operators():
+            yield
     finally:
         for space, name, function in replaced:
             space[name] = function
