@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import EnvironmentFailure, PlanFileError, UsageError
 from ..planner.plan import TensorParallelSection
 from ..planner.target import Target
+from .failures import as_tpplan_error
 from .full_tensors import shard_of
 
 _FILE = "initial.pt"
@@ -79,18 +80,22 @@ def initial_tensors(
             try:
                 _write(target, seed, init_from, dtype, Path(folder))
             except Exception as error:
-                failure = error
+                failure = as_tpplan_error(error, dist.get_rank())
+        # Two nodes may bear one host name: torchrun's number of the node tells them apart.
+        host = f"{socket.gethostname()}:{os.environ.get('GROUP_RANK', '0')}"
         answers: list[tuple[str, str, Exception | None]] = [("", "", None)] * dist.get_world_size()
-        dist.all_gather_object(answers, (socket.gethostname(), folder, failure))
+        dist.all_gather_object(answers, (host, folder, failure))
         for _, _, error in answers:
             if error is not None:
                 raise error
-        mine = next(path for host, path, _ in answers if path and host == socket.gethostname())
-        yield torch.load(Path(mine) / _FILE, mmap=True, weights_only=True)
+        mine = next(path for name, path, _ in answers if path and name == host)
+        tensors = torch.load(Path(mine) / _FILE, mmap=True, weights_only=True)
         dist.barrier()
     finally:
+        # Mapped by all, the file needs no name: nothing is left behind if a rank is killed later.
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+    yield tensors
 
 
 def _write(target: Target, seed: int, init_from: Path | None, dtype: torch.dtype | None, folder: Path) -> None:
