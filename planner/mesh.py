@@ -77,10 +77,12 @@ def enumerate_meshes(request: Request, tp_degrees: Iterable[int], max_stages: in
     """Every mesh of the declared space that satisfies the pins, in tie-breaking order.
 
     The space: tp divides one node and is legal for the model; pp up to the number of legal stages; dp_replicate x
-    dp_shard the rest; microbatch sizes 1, 2, 4 ... 64; 1F1B and GPipe. A mesh needs dp x microbatch size to divide
+    dp_shard the rest; microbatch sizes 1, 2, 4 ... 64; 1F1B, or GPipe where it is pinned (it holds all
+    microbatches in memory and gains at most the latency of transfers). A mesh needs dp x microbatch size to divide
     the global batch, and a pipeline at least as many microbatches as stages.
     """
     pins = request.pins
+    schedules = (str(pins.get("schedule", SCHEDULES[0])),)
     node = min(request.gpus, request.gpus_per_node)
     found = []
     for tp in sorted(set(tp_degrees)):
@@ -102,7 +104,7 @@ def enumerate_meshes(request: Request, tp_degrees: Iterable[int], max_stages: in
                     continue
                 for dp_shard in divisors(dp):
                     for zero_stage, sync in data_parallel_modes(pp, dp_shard, microbatches):
-                        for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+                        for schedule in schedules if pp > 1 else ("1f1b",):
                             found.append(
                                 Mesh(
                                     pp=pp,

@@ -280,7 +280,7 @@ def space_description() -> list[str]:
     return [
         "tp: divisors of one node that the model allows; pp: as many stages as it has legal cuts; "
         "dp_replicate x dp_shard: the rest",
-        "microbatch sizes 1, 2, 4, ... 64; stage boundaries at any legal cut; 1F1B and GPipe",
+        "microbatch sizes 1, 2, 4, ... 64; stage boundaries at any legal cut; 1F1B (GPipe where pinned)",
         "recompute none, selective or full for each block; ZeRO-2 and ZeRO-3; "
         "gradients reduced after every or the last microbatch",
         "not searched: interleaved and zero-bubble schedules, sequence, context and expert parallelism; "

@@ -18,8 +18,7 @@ from tpplan.costmodels.schedules import (
 
 def random_stages(rng: random.Random, pp: int) -> list[StageTimes]:
     return [
-        StageTimes(*(rng.uniform(0.1, 3) for _ in range(2)), *(rng.uniform(0, 2) for _ in range(4)))
-        for _ in range(pp)
+        StageTimes(*(rng.uniform(0.1, 3) for _ in range(2)), *(rng.uniform(0, 2) for _ in range(4))) for _ in range(pp)
     ]
 
 
