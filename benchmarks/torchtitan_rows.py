@@ -2,7 +2,7 @@
 
     python benchmarks/torchtitan_rows.py RUNS.csv --hardware h100-sxm --out benchmarks/results/torchtitan_rows.json
 
-A row needs the columns model, hidden, n_layers, n_heads, n_kv_heads, ffn, vocab, seq_len, world, dp_replicate, dp_shard,
+A row needs: model, hidden, n_layers, n_heads, n_kv_heads, ffn, vocab, seq_len, world, dp_replicate, dp_shard,
 tp, pp, microbatch_seqs, n_microbatches, pp_schedule, pp_layers_per_rank, ac, compile, step_ms, peak_active_gib_max.
 """
 

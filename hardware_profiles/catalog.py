@@ -138,7 +138,7 @@ def parse_profile(text: str, source: str, file: str | None = None) -> Profile:
 
 def _reason(error: Any) -> str:
     """Pydantic's message in the words of a file's author."""
-    return {"missing": "this key is missing", "extra_forbidden": "unknown key"}.get(error["type"], error["msg"])
+    return {"missing": "this key is missing", "extra_forbidden": "unknown key"}.get(error["type"], str(error["msg"]))
 
 
 def list_profiles() -> list[Profile]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tpplan.errors import UsageError
 from tpplan.planner.mesh import MICROBATCH_SIZES, enumerate_meshes
 from tpplan.planner.request import Request, parse_pins
