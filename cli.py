@@ -123,6 +123,7 @@ def suggest(target: str, output: Path | None, format_: str, model_args: tuple[st
     if output is not None:
         check_writable(output)
     with progress(format_ == "text") as (say, on_progress):
+        say("start", f"planning {target} for {options['gpus']} GPUs")
         from .planner.suggest import suggest_in_detail
 
         found = suggest_in_detail(
@@ -156,6 +157,9 @@ def suggest(target: str, output: Path | None, format_: str, model_args: tuple[st
     "compile_",
     default=None,
     help="torch.compile each block. [default: on for cuda]",
+)
+@click.option(
+    "--clip-grad-norm", type=click.FloatRange(0, min_open=True), help="Clip the global gradient norm. [default: off]"
 )
 @click.option("--master-port", type=int, help="Port of torchrun's rendezvous. [default: a free one]")
 @debug_option

@@ -241,6 +241,7 @@ def build_plan(
         hardware=HardwareSection(
             name=profile.name,
             hash=profile.hash,
+            file=profile.file,
             gpus=request.gpus,
             gpus_per_node=request.gpus_per_node,
             memory_limit_bytes=request.memory_limit_bytes,
