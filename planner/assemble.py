@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..costmodels.compute import peak_flops
-from .choices import CostModel, absolute_name, breakdown
+from .choices import CostModel, breakdown
 from .evaluate import Evaluation
 from .graph import ModelGraph
 from .mesh import Mesh
@@ -28,6 +28,7 @@ from .plan import (
     TensorParallelSection,
 )
 from .problem import Assignment
+from .unit_facts import absolute_name
 
 
 def mesh_section(mesh: Mesh) -> MeshSection:
