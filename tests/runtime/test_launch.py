@@ -53,7 +53,9 @@ def test_a_plan_for_another_model_is_named_by_its_first_stranger(tmp_path: Path)
 
 @pytest.mark.slow
 def test_an_interrupt_ends_every_process(tmp_path: Path) -> None:
-    code = f"import sys; from tpplan.runtime.launch import run_plan; sys.exit(run_plan({str(tiny_plan(tmp_path))!r}, "
+    # A shell that runs this suite in the background ignores SIGINT, and so would its children.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from tpplan.runtime.launch import run_plan; sys.exit(run_plan({str(tiny_plan(tmp_path))!r}, "
     code += "steps=10**6, device='cpu'))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None
