@@ -40,6 +40,7 @@ class Run:
     replayed: int
     dropout: tuple[str, ...]
     data_decides: bool
+    loss: str
 
 
 class _Steady(TorchFunctionMode):
@@ -139,7 +140,7 @@ def run_once(
         doing = f"{target.name} failed while being traced"
         try:
             with _quiet_torch(), user_code(doing, target._source.folder), _blaming(doing, target):
-                _forward_backward(recorder, replayer, steady, target, inputs, full)
+                loss = _forward_backward(recorder, replayer, steady, target, inputs, full)
         except ModelError as error:
             if replayer.replayed:  # perhaps it misses what a replayed layer did not do
                 raise ReplayInexact(error.message) from error
@@ -149,13 +150,21 @@ def run_once(
     spans = build_chain(recorder.recording, expandable(model, stand_in.repeated))
     folded = fold(recorder.recording, spans, parameters, stand_in.data_decides)
     return Run(
-        recorder.recording, spans, folded, named, replayer.replayed, tuple(steady.dropout), stand_in.data_decides
+        recording=recorder.recording,
+        spans=spans,
+        folded=folded,
+        inputs=named,
+        replayed=replayer.replayed,
+        dropout=tuple(steady.dropout),
+        data_decides=stand_in.data_decides,
+        loss=loss,
     )
 
 
 def _forward_backward(
     recorder: Recorder, replayer: Replayer, steady: _Steady, target: Target, inputs: Inputs, full: bool
-) -> None:
+) -> str:
+    """Run the model, and say which loss was taken."""
     model = recorder.model
     with recorder.watch(), steady:
         if full:
@@ -163,7 +172,7 @@ def _forward_backward(
         else:
             with replayer.active():
                 output = model(*inputs.args, **inputs.kwargs)
-        loss = target.loss(output, inputs)
+        loss, described = target.loss_and_description(output, inputs)
         del output
         if not loss.requires_grad:
             raise ModelError(
@@ -172,3 +181,4 @@ def _forward_backward(
             )
         recorder.in_backward = True
         loss.backward()
+    return described

@@ -152,6 +152,14 @@ class Target:
         with user_code(f"loss_fn of {self.name} failed", self._source.folder):
             return as_scalar(loss_fn(output, inputs.as_user(), **extra), "The result of loss_fn")
 
+    def loss_and_description(self, output: Any, inputs: Inputs) -> tuple[torch.Tensor, str]:
+        """The loss of one forward, and in words which one it is."""
+        from .losses import find_loss
+
+        if self._source.hooks.loss_fn is not None:
+            return self.loss(output, inputs), self.loss_description
+        return find_loss(output)
+
     def describe_loss(self, output: Any) -> str:
         """In words, which loss `loss` takes from this output."""
         from .losses import find_loss

@@ -162,7 +162,7 @@ def _assemble(
         tied=tied,
         unused=unused,
         batch_norm=tuple(n for n, m in model.named_modules() if isinstance(m, _BatchNorm)),
-        loss=target.loss_description,
+        loss=first.loss,
         traced_batches=BATCHES,
         notes=(*target.notes, *notes),
     )
