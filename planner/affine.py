@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from ..errors import ModelError
@@ -12,12 +13,20 @@ from .graph import Affine, Op, Ref, UnitClass
 from .graph_view import absolute
 
 
+class NotLinear(ModelError):
+    """A figure is no line through three microbatch sizes; a fourth may prove that it is a parabola."""
+
+
 class NotAffine(Exception):
-    """A figure is no affine function of the microbatch size."""
+    """A figure is no affine function of the microbatch size, nor a proven quadratic one."""
 
 
 def _whole(x: float) -> float:
     return int(x) if x == int(x) else x
+
+
+def _number(x: Fraction) -> float:
+    return x.numerator if x.denominator == 1 else float(x)
 
 
 def _same(x: float, y: float) -> bool:
@@ -26,29 +35,49 @@ def _same(x: float, y: float) -> bool:
 
 
 def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> Affine:
-    """The line through the first two points; every further point must lie on it.
+    """The line through the first two points, or the parabola through the first three; the others must lie on it.
 
-    Where data decides sizes (`exact` false), points off the line give a figure proportional to the batch, as
-    measured at the largest.
+    A parabola needs a fourth point to prove it. Where data decides sizes (`exact` false), points off the line give
+    a figure proportional to the batch, as measured at the largest.
 
     >>> fit((2, 3, 5), (14, 16, 20))
     Affine(base=10, per_sample=2)
+    >>> fit((2, 3, 5, 7), (7, 13, 31, 57))
+    Affine(base=1, per_sample=1, per_pair=1)
     >>> fit((2, 3, 5), (14, 17, 20), exact=False)
     Affine(base=0, per_sample=4)
 
     Raises
     ------
     NotAffine
-        If a point is off the line and `exact`.
+        If a point is off the curve and `exact`.
     """
-    slope = (values[1] - values[0]) / (batches[1] - batches[0])
-    line = Affine(_whole(values[0] - slope * batches[0]), _whole(slope))
-    if all(_same(line.at(b), value) for b, value in zip(batches, values, strict=True)):
-        return line
+    curves = [_line(batches, values)]
+    if exact and len(batches) > 3:
+        curves.append(_parabola(batches, values))
+    for curve in curves:
+        if all(_same(curve.at(b), value) for b, value in zip(batches, values, strict=True)):
+            return curve
     if exact:
         shown = ", ".join(f"{value:g}" for value in values)
         raise NotAffine(f"{shown} at microbatch sizes {', '.join(map(str, batches))}")
     return Affine(0, _whole(values[-1] / batches[-1]))
+
+
+def _line(batches: Sequence[int], values: Sequence[float]) -> Affine:
+    slope = Fraction(values[1]) - Fraction(values[0])
+    slope /= batches[1] - batches[0]
+    return Affine(_number(values[0] - slope * batches[0]), _number(slope))
+
+
+def _parabola(batches: Sequence[int], values: Sequence[float]) -> Affine:
+    """Through the first three points, by divided differences (in fractions: sizes are large, and whole)."""
+    (x, y, z), (u, v, w) = batches[:3], (Fraction(value) for value in values[:3])
+    first, second = (v - u) / (y - x), (w - v) / (z - y)
+    pairs = (second - first) / (z - x)
+    slope = first - pairs * (x + y)
+    base = u - slope * x - pairs * x * x
+    return Affine(*(_number(c) for c in (base, slope, pairs)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +117,15 @@ class _Merger:
         raise NotAffine(f"{first!r} changes to {values[-1]!r}")
 
 
+def _no_curve(batches: Sequence[int], what: str, error: NotAffine) -> ModelError:
+    if len(batches) == 3:
+        return NotLinear(f"{what} does not grow linearly with the microbatch size: {error}.")
+    return ModelError(
+        f"{what} grows neither linearly nor with the square of the microbatch size: {error}.",
+        "Make every sample of the batch independent of the batch's size.",
+    )
+
+
 def _merge_op(
     batches: Sequence[int], ops: Sequence[Op], index: int, owner: str, inexact: set[tuple[int, str]] | None
 ) -> Op:
@@ -105,10 +143,7 @@ def _merge_op(
             return _Merger(batches, exact=False).merge(ops)
     except NotAffine as error:
         where = absolute(ops[0].fqn, owner) or "the model"
-        raise ModelError(
-            f"{ops[0].name} in {where} does not grow linearly with the microbatch size: {error}.",
-            "Make every sample of the batch independent of the batch's size.",
-        ) from None
+        raise _no_curve(batches, f"{ops[0].name} in {where}", error) from None
 
 
 def merge_class(
@@ -144,10 +179,7 @@ def merge_class(
     try:
         merged = replace(_Merger(batches, exact=inexact is None).merge(bare), ops=ops)
     except NotAffine as error:
-        raise ModelError(
-            f"{owner} does not grow linearly with the microbatch size: {error}.",
-            "Make every sample of the batch independent of the batch's size.",
-        ) from None
+        raise _no_curve(batches, owner, error) from None
     forward, backward = Affine(), Affine()
     for op in ops:
         forward += op.forward.flops

@@ -188,7 +188,7 @@ def predicted_section(model: CostModel, mesh: Mesh, assignment: Assignment, eval
     request, step = model.request, evaluation.step_time_s
     memory = memory_parts(model, mesh, assignment, evaluation)
     samples = request.global_batch / step
-    flops = model_flops(model.graph, request.global_batch)
+    flops = model_flops(model.graph, request.global_batch, mesh.microbatch_size)
     return PredictedSection(
         step_time_s=step,
         tokens_per_s_per_gpu=samples * tokens_per_sample(model.graph) / mesh.world_size,
@@ -202,9 +202,10 @@ def predicted_section(model: CostModel, mesh: Mesh, assignment: Assignment, eval
     )
 
 
-def model_flops(graph: ModelGraph, samples: int) -> float:
+def model_flops(graph: ModelGraph, samples: int, microbatch_size: int) -> float:
     """FLOPs of forward and backward over `samples` (attention not halved for causality), without recomputation."""
-    return (graph.flops_forward + graph.flops_backward).per_sample * samples
+    _, per_sample, per_pair = graph.flops_forward + graph.flops_backward
+    return (per_sample + per_pair * microbatch_size) * samples
 
 
 def tokens_per_sample(graph: ModelGraph) -> int:

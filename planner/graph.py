@@ -9,7 +9,8 @@ whose operators, shapes and relative names are equal share one *class* (folding)
       units:   Unit[]        one a call: FQN, class, where its inputs come from
       graph    networkx.DiGraph: node = forward operator of one unit, edge = tensor
 
-Every size is an `Affine` function of the microbatch size b, at the traced sequence length.
+Every size is an `Affine` function of the microbatch size b (quadratic where samples are compared in pairs), at the
+traced sequence length.
 """
 
 from __future__ import annotations
@@ -23,27 +24,51 @@ if TYPE_CHECKING:
 
 
 class Affine(NamedTuple):
-    """base + per_sample * b, with b the microbatch size in samples.
+    """base + per_sample * b + per_pair * b^2, with b the microbatch size in samples.
 
-    >>> Affine(10, 2).at(3)
-    16
+    Almost every figure is affine; `per_pair` is for losses that compare each sample of a microbatch with every
+    other (contrastive ones make b x b scores).
+
+    >>> Affine(10, 2).at(3), Affine(10, 2, 1).at(3)
+    (16, 25)
     >>> Affine(10, 2) + Affine(1, 1)
     Affine(base=11, per_sample=3)
     """
 
     base: float = 0
     per_sample: float = 0
+    per_pair: float = 0
 
     def at(self, b: int) -> float:
         """The value at microbatch size `b`."""
-        return self.base + self.per_sample * b
+        return self.base + self.per_sample * b + self.per_pair * b * b
 
     def __add__(self, other: Affine) -> Affine:  # type: ignore[override]
-        return Affine(self.base + other.base, self.per_sample + other.per_sample)
+        return Affine(self.base + other.base, self.per_sample + other.per_sample, self.per_pair + other.per_pair)
+
+    def times(self, other: Affine) -> Affine:
+        """The product of two figures, of which at most one may be quadratic.
+
+        >>> Affine(0, 1).times(Affine(1, 1))
+        Affine(base=0, per_sample=1, per_pair=1)
+
+        Raises
+        ------
+        ValueError
+            If the product is of the third degree.
+        """
+        (a0, a1, a2), (b0, b1, b2) = self, other
+        if a1 * b2 or a2 * b1 or a2 * b2:
+            raise ValueError(f"{self} times {other} grows faster than the square of the microbatch size")
+        return Affine(a0 * b0, a0 * b1 + a1 * b0, a0 * b2 + a1 * b1 + a2 * b0)
 
     def scaled(self, factor: float) -> Affine:
-        """Both coefficients times `factor`."""
-        return Affine(self.base * factor, self.per_sample * factor)
+        """Every coefficient times `factor`."""
+        return Affine(self.base * factor, self.per_sample * factor, self.per_pair * factor)
+
+    def __repr__(self) -> str:
+        pairs = f", per_pair={self.per_pair!r}" if self.per_pair else ""
+        return f"Affine(base={self.base!r}, per_sample={self.per_sample!r}{pairs})"
 
 
 NOTHING = Affine()

@@ -27,11 +27,11 @@ def absolute(fqn: str, unit: str) -> str:
 
 
 def nbytes(tensor: Tensor) -> Affine:
-    """Bytes of a tensor's elements; at most one dimension may follow the microbatch size."""
-    base, per_sample = float(DTYPE_BYTES[tensor.dtype]), 0.0
+    """Bytes of a tensor's elements; at most two dimensions may follow the microbatch size."""
+    total = Affine(DTYPE_BYTES[tensor.dtype])
     for d in tensor.shape:
-        base, per_sample = base * d.base, base * d.per_sample + per_sample * d.base
-    return Affine(base, per_sample)
+        total = total.times(d)
+    return total
 
 
 def shared_saved(graph: ModelGraph) -> list[tuple[tuple[int, Affine], ...]]:

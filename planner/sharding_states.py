@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ..units import DTYPE_BYTES
@@ -108,8 +107,10 @@ def is_transpose(op: Op) -> bool:
 
 def tensor_bytes(tensor: Tensor) -> Affine:
     """Bytes of a tensor as a function of the microbatch size."""
-    at = [math.prod(d.at(b) for d in tensor.shape) * DTYPE_BYTES[tensor.dtype] for b in (0, 1)]
-    return Affine(at[0], at[1] - at[0])
+    total = Affine(DTYPE_BYTES[tensor.dtype])
+    for d in tensor.shape:
+        total = total.times(d)
+    return total
 
 
 def absolute(prefix: str, fqn: str) -> str:

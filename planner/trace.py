@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ModelError
-from .affine import NotAffine, fit, merge
+from .affine import NotAffine, NotLinear, fit, merge
 from .chain import ReplayInexact, output_leaf, sources
 from .fold import Folded, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
@@ -30,6 +30,7 @@ from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
 from .target import Target
 
 BATCHES = (2, 3, 5)
+FOURTH = 7  # traced too where a figure is quadratic
 LARGEST_REAL = 500_000_000  # parameters of a model that may be traced on real tensors
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -95,16 +96,23 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
     tied = tied_parameters(model)
     notes: list[str] = []
     try:
-        runs = _runs(FakeModel(model, precision), target, sequence_length, parameters, full, notes)
+        stand_in: RealModel = FakeModel(model, precision)
+        runs = _runs(stand_in, target, sequence_length, parameters, full, notes)
     except ModelError as error:
         cause = error.__cause__
         if not isinstance(cause, _NEEDS_DATA) or sum(p.numel for p in parameters.values()) > LARGEST_REAL:
             raise
         notes.append(f"traced with real data, the figures hold for its routing: {type(cause).__name__}: {cause}")
         with same_draws():
-            real = RealModel(target.build("cpu").train(), precision)
-        runs = _runs(real, target, sequence_length, parameters, True, notes)
-    return _assemble(target, model, runs, parameters, tied, notes, sequence_length, precision)
+            stand_in = RealModel(target.build("cpu").train(), precision)
+        full = True
+        runs = _runs(stand_in, target, sequence_length, parameters, full, notes)
+    try:
+        return _assemble(target, model, runs, parameters, tied, notes, sequence_length, precision)
+    except NotLinear:
+        runs += [run_once(stand_in, target, FOURTH, sequence_length, parameters, full or not runs[0].replayed)]
+        notes.append("samples of a microbatch are compared in pairs: splitting the batch changes what the loss means")
+        return _assemble(target, model, runs, parameters, tied, notes, sequence_length, precision)
 
 
 def _runs(
@@ -133,7 +141,7 @@ def _assemble(
     sequence_length: int,
     precision: str,
 ) -> ModelGraph:
-    first = runs[0]
+    first, batches = runs[0], (*BATCHES, FOURTH)[: len(runs)]
     units = _units(first)
     if any(_units(run) != units for run in runs[1:]):
         raise ModelError(
@@ -142,7 +150,7 @@ def _assemble(
         )
     owners = [next(u.fqn for u in units if u.class_index == i) for i in range(len(first.folded.classes))]
     inexact: set[tuple[int, str]] | None = set() if first.data_decides else None
-    classes = merge(BATCHES, [run.folded for run in runs], owners, inexact)
+    classes = merge(batches, [run.folded for run in runs], owners, inexact)
     used = _used_parameters(units, first.folded)
     unused = tuple(f for f, p in parameters.items() if p.requires_grad and not p.is_buffer and f not in used)
     if first.replayed:
@@ -157,13 +165,13 @@ def _assemble(
         sequence_length=sequence_length,
         classes=classes,
         units=units,
-        inputs=_model_inputs(runs),
+        inputs=_model_inputs(batches, runs),
         parameters=parameters,
         tied=tied,
         unused=unused,
         batch_norm=tuple(n for n, m in model.named_modules() if isinstance(m, _BatchNorm)),
         loss=first.loss,
-        traced_batches=BATCHES,
+        traced_batches=batches,
         notes=(*target.notes, *notes),
     )
     shared = zip(units, shared_saved(graph), strict=True)
@@ -171,12 +179,12 @@ def _assemble(
     return replace(graph, units=units, opaque=_opaque(graph, first.recording, inexact or ()))
 
 
-def _model_inputs(runs: Sequence[Run]) -> tuple[ModelInput, ...]:
+def _model_inputs(batches: Sequence[int], runs: Sequence[Run]) -> tuple[ModelInput, ...]:
     found = []
     for name in runs[0].inputs:
         tensors = [run.recording.tensors[run.inputs[name]] for run in runs]
         try:
-            shape = tuple(fit(BATCHES, sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
+            shape = tuple(fit(batches, sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
         except (NotAffine, ValueError):
             raise ModelError(
                 f"The input {name} is no linear function of the batch size.",

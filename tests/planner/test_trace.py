@@ -204,22 +204,37 @@ def test_a_tensor_that_slips_out_of_a_block_turns_replay_off_and_cuts_illegal(tm
     assert [u.fqn for u in graph.units if u.cut_after] == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def test_batch_dependent_operator_is_named(tmp_path):
-    text = """
+PAIRS = """
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.a = nn.Linear(8, 8)
     def forward(self, x):
         y = self.a(x)
-        return (y @ y.t()).mean()
+        scores = y @ y.t()
+        {more}
+        return scores.mean()
 def build_model():
     return Net()
 def example_inputs(batch, seq):
     return torch.randn(batch, 8)
 """
-    with pytest.raises(ModelError, match=r"aten\.mm\.default .* does not grow linearly"):
-        model(tmp_path, text)
+
+
+def test_samples_compared_in_pairs_have_quadratic_figures(tmp_path):
+    graph = model(tmp_path, PAIRS.replace("{more}", "")).verify()
+    (cls,) = graph.classes
+    (scores,) = [op for op in cls.ops if op.name == "aten.mm.default"]
+    assert cls.tensors[scores.outputs[0]].shape == (Affine(0, 1), Affine(0, 1))
+    assert scores.forward.flops == Affine(0, 0, 2 * 8)
+    assert cls.flops_forward == Affine(0, 2 * 8 * 8, 2 * 8)
+    assert graph.traced_batches == (2, 3, 5, 7)
+    assert any("compared in pairs" in note for note in graph.notes)
+
+
+def test_operator_that_grows_with_the_cube_of_the_batch_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"aten\.mm\.default .* grows neither linearly nor with the square"):
+        model(tmp_path, PAIRS.replace("{more}", "scores = scores @ scores"))
 
 
 def test_failing_forward_names_the_line(tmp_path):
