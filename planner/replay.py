@@ -56,6 +56,7 @@ class _Stand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[[], Any], gradient: Callable[[Any], Any], *inputs: torch.Tensor) -> Any:
         """Make the outputs."""
+        ctx.set_materialize_grads(False)  # an output without a gradient would get real zeros of its size
         outputs, fixed = make()
         ctx.gradient = gradient
         ctx.like = [(tuple(t.shape), t.stride(), t.dtype) for t in inputs]
