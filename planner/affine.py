@@ -182,9 +182,8 @@ def merge_class(
         raise _no_curve(batches, owner, error) from None
     forward, backward = Affine(), Affine()
     for op in ops:
-        forward += op.forward.flops
-        for kernel in op.backward:
-            backward += kernel.flops
+        forward += op.forward_flops
+        backward += op.backward_flops
     return replace(merged, flops_forward=forward, flops_backward=backward)
 
 

@@ -82,7 +82,8 @@ class Tensor:
     (made from no model input). `fqn` is, for parameters and buffers, the name relative to the unit's module
     (absolute, with a leading "/", if the parameter lives outside the unit); `base` is the id of the tensor
     whose storage this one views (itself when it owns it, or is the first to show a storage from outside), and
-    `storage_bytes` the size of that storage.
+    `storage_bytes` the size of that storage. In a loop over time steps one tensor stands for `repeat` alike, each
+    with a storage of its own where it is its own base.
     """
 
     id: int
@@ -94,6 +95,7 @@ class Tensor:
     fqn: str = ""
     strides_contiguous: bool = True
     storage_bytes: Affine = NOTHING
+    repeat: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,8 @@ class Op:
     tuples; numbers that follow the microbatch size are `Affine`, dtypes are names, and keyword arguments are
     (name, value) pairs at the end. Operators run directly by a parent module (glue) have a `fqn` that starts
     with "/" and goes on with the parent's absolute FQN. `saved` are ids of tensors that autograd keeps for
-    backward because of this operator.
+    backward because of this operator. An operator inside a loop over time steps stands for `repeat` launches of
+    its forward and backward kernels, one a step, whose figures are those of one launch.
     """
 
     index: int
@@ -146,6 +149,20 @@ class Op:
     forward: Kernel
     backward: tuple[Kernel, ...] = ()
     saved: tuple[int, ...] = ()
+    repeat: int = 1
+
+    @property
+    def forward_flops(self) -> Affine:
+        """FLOPs of all repetitions of the forward kernel."""
+        return self.forward.flops.scaled(self.repeat)
+
+    @property
+    def backward_flops(self) -> Affine:
+        """FLOPs of all repetitions of the backward kernels."""
+        total = Affine()
+        for kernel in self.backward:
+            total += kernel.flops
+        return total.scaled(self.repeat)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ def _class_problems(cls: UnitClass) -> Iterator[str]:
         if t.kind in ("parameter", "buffer") and t.fqn not in names:
             yield f"parameter {t.fqn} is not listed"
     for name in ("flops_forward", "flops_backward"):
-        kernels = [k for op in cls.ops for k in ((op.forward,) if name == "flops_forward" else op.backward)]
-        if sum(k.flops.base for k in kernels) != getattr(cls, name).base:
+        own = [op.forward_flops if name == "flops_forward" else op.backward_flops for op in cls.ops]
+        if sum(flops.base for flops in own) != getattr(cls, name).base:
             yield f"{name} is not the sum of its kernels"
 
 

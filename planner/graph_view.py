@@ -45,7 +45,8 @@ def shared_saved(graph: ModelGraph) -> list[tuple[tuple[int, Affine], ...]]:
             owner = _owner(graph, unit.position, tensor)
             if owner in keeper:
                 before = keeper[owner]
-                shared[before] = shared.get(before, Affine()) + cls.tensors[tensor].storage_bytes
+                kept = cls.tensors[cls.tensors[tensor].base]
+                shared[before] = shared.get(before, Affine()) + kept.storage_bytes.scaled(kept.repeat)
             keeper[owner] = unit.position
         found.append(tuple(sorted(shared.items())))
     return found
@@ -81,17 +82,18 @@ def _node(graph: ModelGraph, unit_fqn: str, cls: UnitClass, op: Op) -> dict[str,
     own = {tensors[t].base for t in op.saved if tensors[tensors[t].base].kind not in ("parameter", "buffer")}
     saved = Affine()
     for base in sorted(own):
-        saved += tensors[base].storage_bytes
+        saved += tensors[base].storage_bytes.scaled(tensors[base].repeat)
     return {
         "fqn": absolute(op.fqn, unit_fqn),
         "op": op.name,
         "kind": op.forward.kind,
         "shapes": tuple(tensors[t].shape for t in op.outputs),
         "dtypes": tuple(tensors[t].dtype for t in op.outputs),
-        "flops_forward": op.forward.flops,
-        "flops_backward": _total(k.flops for k in op.backward),
-        "bytes_forward": op.forward.bytes_moved,
-        "bytes_backward": _total(k.bytes_moved for k in op.backward),
+        "repeat": op.repeat,
+        "flops_forward": op.forward_flops,
+        "flops_backward": op.backward_flops,
+        "bytes_forward": op.forward.bytes_moved.scaled(op.repeat),
+        "bytes_backward": _total(k.bytes_moved for k in op.backward).scaled(op.repeat),
         "parameters": tuple(absolute(t.fqn, unit_fqn) for t in read if t.kind == "parameter"),
         "saved_bytes": saved,
     }
@@ -107,7 +109,7 @@ def _total(values: Any) -> Affine:
 def to_networkx(graph: ModelGraph) -> nx.DiGraph:
     """Nodes (unit position, operator index) with figures, edges with the tensors that flow.
 
-    Node attributes: fqn, op, kind, shapes, dtypes, flops_forward, flops_backward, bytes_forward,
+    Node attributes: fqn, op, kind, shapes, dtypes, repeat (launches), flops_forward, flops_backward, bytes_forward,
     bytes_backward, parameters, saved_bytes (what autograd keeps because of this operator; a storage kept by two
     operators shows at both). Edge attribute `tensors`: tuple of (shape, dtype, bytes).
     """
@@ -183,7 +185,7 @@ def layer_table(graph: ModelGraph, batch: int) -> list[dict[str, Any]]:
                 "module": cls.module_type,
                 "first": units[0].fqn,
                 "count": len(units),
-                "operators": len(cls.ops),
+                "operators": sum(op.repeat for op in cls.ops),
                 "parameters": sum(p.numel for p in cls.parameters if not p.is_buffer),
                 "flops_forward": int(cls.flops_forward.at(batch)),
                 "flops_backward": int(cls.flops_backward.at(batch)),

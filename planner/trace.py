@@ -210,5 +210,5 @@ def _opaque(
             name = absolute(op.fqn, unit.fqn)
             for fqn in outermost:
                 if name == fqn or name.startswith(fqn + "."):
-                    inside[fqn] += op.forward.flops.at(1)
+                    inside[fqn] += op.forward_flops.at(1)
     return tuple((fqn, reason, inside[fqn] / total if total else 0.0) for fqn, reason in outermost.items())

@@ -168,16 +168,16 @@ def unit_times(
     forward_ops = backward_ops = again_ops = 0
     for i, op in enumerate(cls.ops):
         split = sharding.op_split[i] if sharding is not None and tp > 1 else None
-        one = clock.seconds(op.forward, split, tp, b, op.forward.dims, fused)
-        launched = op.forward.kind != "free"
+        one = clock.seconds(op.forward, split, tp, b, op.forward.dims, fused) * op.repeat
+        launched = op.repeat if op.forward.kind != "free" else 0
         forward += one
         forward_ops += launched
         if i not in kept:
             again_selective += one
             again_ops += launched
         for kernel in op.backward:
-            backward += clock.seconds(kernel, split, tp, b, op.forward.dims, fused)
-            backward_ops += kernel.kind != "free"
+            backward += clock.seconds(kernel, split, tp, b, op.forward.dims, fused) * op.repeat
+            backward_ops += op.repeat if kernel.kind != "free" else 0
     mode = "compiled" if fused and clock.fused else clock.eager_mode
 
     def busy(gpu_s: float, ops: int) -> float:
@@ -202,12 +202,12 @@ def unit_times(
 
 
 def tensor_bytes(cls: UnitClass, sharding: ClassSharding | None, tensor: int, tp: int, b: int) -> float:
-    """Bytes of the storage behind a tensor on one rank."""
+    """Bytes of the storage behind a tensor on one rank, of all repetitions in a loop over time steps."""
     spec = cls.tensors[cls.tensors[tensor].base]
     elements = 1.0
     for d in spec.shape:
         elements *= d.at(b)
-    n_bytes = elements * DTYPE_BYTES[spec.dtype]
+    n_bytes = elements * DTYPE_BYTES[spec.dtype] * spec.repeat
     divided = sharding is not None and tp > 1 and sharding.tensor_split[spec.id]
     return n_bytes / tp if divided else n_bytes
 
