@@ -118,17 +118,17 @@ class Member:
         default = config_class(**self.config)
         given = dict(self.config)
         if small:
-            given = _merged(_shrunk(default.to_dict(), set(self.config)), _merged(given, self.small))
+            given = _merged(_merged(given, _shrunk(default.to_dict())), self.small)
         data = json.loads(json.dumps(config_class(**given).to_dict(), default=str))
         return {**data, "model_type": self.model_type, "architectures": [self.architecture]}
 
 
-def _shrunk(config: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
+def _shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes of `config` that have a small one, its dropout rates as zeros; the same in its sub-configs."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config") and value:
-            inner = _shrunk(value, set())
+            inner = _shrunk(value)
             found[key] = {"model_type": value["model_type"], **inner} if value.get("model_type") else inner
         elif key in _SMALL and isinstance(value, int) and not isinstance(value, bool):
             found[key] = _SMALL[key]
