@@ -20,6 +20,7 @@ from .blame import blame, describe
 from .chain import ReplayInexact, Span, build_chain, expandable
 from .fold import Folded, fold
 from .graph import Parameter
+from .grouped import grouped_mm, takes
 from .inputs import Inputs
 from .recorder import Recorder
 from .recording import Recording
@@ -60,6 +61,8 @@ class _Steady(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):
+            return grouped_mm(*args, **kwargs)
         result = func(*args, **kwargs)
         if func is torch.rand and result.dim() == 0:
             return torch.ones_like(result)

@@ -35,7 +35,10 @@ def _seq2seq(model_type: str, architecture: str, small: Config | None = None, **
     return _member("encoder-decoder", model_type, architecture, rest.pop("config", {}), small or {}, **rest)
 
 
-_FEW_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
+_FEW_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
 
 MEMBERS: tuple[Member, ...] = (
     # multi-head, grouped-query and multi-query attention; parallel blocks; ALiBi, rotary, learned positions
