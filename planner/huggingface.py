@@ -1,4 +1,4 @@
-"""Hugging Face models from a config alone: construction with random weights, dummy inputs, kind of loss."""
+"""Hugging Face models from a config alone: construction with random weights, kind of loss."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def constructor(config: Any, model_class: Any) -> Callable[[], nn.Module]:
         for part in (own, own.get_text_config()):
             if hasattr(part, "use_cache"):
                 part.use_cache = False
-        attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
-        return model_class._from_config(own, dtype=torch.float32, attn_implementation=attention)
+        # unnamed, the attention of each part of the model is SDPA where that part has it
+        return model_class._from_config(own, dtype=torch.float32)
 
     return construct
 
@@ -98,44 +98,6 @@ def constructor(config: Any, model_class: Any) -> Callable[[], nn.Module]:
 def is_hf_model(model: nn.Module) -> bool:
     """Whether `model` is a transformers model (without importing transformers)."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
-
-
-def dummy_inputs(model: nn.Module, batch: int, seq: int) -> Inputs:
-    """Random inputs and labels by the model's config and the arguments of its forward, as keyword arguments.
-
-    Text: `input_ids` (batch, seq). Images: `pixel_values` (batch, channels, seq, seq). Spectrograms:
-    `input_features` (batch, mel bins, frames the config asks for). Waveforms: `input_values` (batch, seq).
-
-    Raises
-    ------
-    TargetError
-        If forward takes none of these.
-    """
-    config: Any = model.config
-    takes = set(_declared(model))
-    kwargs: dict[str, Any] = {}
-    if "input_ids" in takes:
-        shape = (batch, 2, seq) if type(model).__name__.endswith("MultipleChoice") else (batch, seq)
-        kwargs["input_ids"] = _integers(shape, config.get_text_config().vocab_size)
-    if "pixel_values" in takes and _needs_pixels(model):
-        kwargs["pixel_values"] = torch.randn(_image_shape(config, batch, seq, "input_ids" in takes), device="cpu")
-    if "input_features" in takes and "input_ids" not in takes:
-        kwargs["input_features"] = torch.randn(_spectrogram_shape(config, batch, seq), device="cpu")
-    if "input_values" in takes and "input_ids" not in takes:
-        kwargs["input_values"] = torch.randn(batch, seq, device="cpu")
-    if not kwargs:
-        raise TargetError(
-            f"What to feed {type(model).__name__} is unknown; it takes {', '.join(sorted(takes))}.",
-            'Describe them: --input "name=dtype[B,S]<bound".',
-        )
-    _add_labels(model, config, takes, kwargs, batch, seq)
-    return Inputs(kwargs=kwargs)
-
-
-def is_image_model(model: nn.Module) -> bool:
-    """Whether the model's only input is images, so that its "sequence length" is their side."""
-    takes = set(_declared(model))
-    return "pixel_values" in takes and "input_ids" not in takes
 
 
 def counts_tokens(model: nn.Module) -> bool:
@@ -212,79 +174,6 @@ def _give_padding_token(config: Any, notes: list[str]) -> None:
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
         notes.append("The config has no pad_token_id, which batches need; 0 was taken.")
-
-
-def _declared(model: nn.Module) -> list[str]:
-    return [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
-
-
-def _needs_pixels(model: nn.Module) -> bool:
-    """Images are left out where text alone is a valid input (a vision-language model)."""
-    return getattr(model, "main_input_name", "") == "pixel_values" or "return_loss" in _declared(model)
-
-
-def _integers(shape: tuple[int, ...], bound: int) -> torch.Tensor:
-    return torch.randint(0, bound, shape, device="cpu")
-
-
-def image_side(config: Any) -> int | None:
-    """The side of the images a config is made for, None if it names none."""
-    for part in (config, getattr(config, "vision_config", None)):
-        size = getattr(part, "image_size", None)
-        if isinstance(size, dict):
-            size = size.get("height")
-        if isinstance(size, tuple | list):
-            size = size[0]
-        if isinstance(size, int):
-            return size
-    return None
-
-
-def _image_shape(config: Any, batch: int, seq: int, has_text: bool) -> tuple[int, int, int, int]:
-    vision = getattr(config, "vision_config", config)
-    side = (image_side(config) or 224) if has_text else seq
-    return (batch, getattr(vision, "num_channels", 3), side, side)
-
-
-def _spectrogram_shape(config: Any, batch: int, seq: int) -> tuple[int, int, int]:
-    if hasattr(config, "max_source_positions"):
-        # Whisper's encoder accepts one length only: two frames a position
-        return (batch, config.num_mel_bins, 2 * config.max_source_positions)
-    return (batch, seq, getattr(config, "num_mel_bins", getattr(config, "feature_size", 80)))
-
-
-def _add_labels(model: nn.Module, config: Any, takes: set[str], kwargs: dict[str, Any], batch: int, seq: int) -> None:
-    name = type(model).__name__
-    if "return_loss" in takes:
-        kwargs["return_loss"] = True
-    if {"start_positions", "end_positions"} <= takes:
-        kwargs["start_positions"] = _integers((batch,), seq)
-        kwargs["end_positions"] = _integers((batch,), seq)
-    if "next_sentence_label" in takes:
-        kwargs["next_sentence_label"] = _integers((batch,), 2)
-    if "labels" not in takes:
-        if config.is_encoder_decoder and "decoder_input_ids" in takes:
-            kwargs["decoder_input_ids"] = _integers((batch, seq), config.get_text_config().vocab_size)
-        return
-    if name.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
-        single = config.num_labels > 1
-        kwargs["labels"] = _integers((batch,), config.num_labels) if single else torch.randn(batch, device="cpu")
-    elif name.endswith(("MultipleChoice", "NextSentencePrediction")):
-        kwargs["labels"] = _integers((batch,), 2)
-    elif name.endswith("TokenClassification"):
-        kwargs["labels"] = _integers((batch, seq), config.num_labels)
-    elif name.endswith("SemanticSegmentation"):
-        side = kwargs["pixel_values"].shape[-1]
-        kwargs["labels"] = _integers((batch, side, side), config.num_labels)
-    elif "input_ids" in kwargs:
-        kwargs["labels"] = kwargs["input_ids"].clone()
-    elif name.endswith("ForCTC") and "input_values" in kwargs:
-        # a CTC loss is finite if the frames outnumber the labels and the blanks between equal ones
-        length = max(1, seq // getattr(config, "inputs_to_logits_ratio", 1) // 3)
-        kwargs["labels"] = 1 + _integers((batch, length), config.vocab_size - 1)
-    elif "input_features" in kwargs or "input_values" in kwargs:
-        length = min(seq, getattr(config, "max_target_positions", seq))
-        kwargs["labels"] = _integers((batch, length), config.get_text_config().vocab_size)
 
 
 def _passes_keywords_to_loss(forward: Callable[..., Any]) -> bool:

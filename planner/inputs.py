@@ -61,8 +61,47 @@ class Inputs:
 
 
 def take(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Samples `start` to `stop` of a batch (dimension 0 of every tensor)."""
-    return inputs.map(lambda tensor: tensor[start:stop])
+    """Samples `start` to `stop` of a batch: along dimension 0 of every tensor, and of lists with a dict a sample.
+
+    A tensor with several rows a sample (the patches of all images, one after another) gives all rows of its samples:
+    the number of samples is the smallest dimension 0 (or length of such a list) above 1 among the inputs. A tensor
+    with one row belongs to every sample.
+    """
+    parts = (inputs.args, inputs.kwargs, inputs.extra)
+    samples = min((count for part in parts for count in _sample_counts(part) if count > 1), default=1)
+    args, kwargs, extra = (_take(part, start, stop, samples) for part in parts)
+    return Inputs(args, kwargs, extra, inputs.structure)
+
+
+def _lists_samples(value: Any) -> bool:
+    """Whether a list holds one mapping a sample (the objects in each image)."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _sample_counts(value: Any) -> list[int]:
+    if isinstance(value, torch.Tensor):
+        return [value.shape[0]] if value.ndim else []
+    if _lists_samples(value):
+        return [len(value)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [count for item in value for count in _sample_counts(item)] if isinstance(value, tuple | list) else []
+
+
+def _take(value: Any, start: int, stop: int, samples: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 0 or (value.shape[0] == 1 and samples > 1):
+            return value
+        rows = value.shape[0] // samples if value.shape[0] % samples == 0 else 1
+        return value[start * rows : stop * rows]
+    if _lists_samples(value):
+        return value[start:stop]
+    if isinstance(value, tuple | list):
+        taken = [_take(item, start, stop, samples) for item in value]
+        return tuple(taken) if isinstance(value, tuple) else taken
+    if isinstance(value, Mapping):
+        return {key: _take(item, start, stop, samples) for key, item in value.items()}
+    return value
 
 
 def from_user(value: Any, model: nn.Module, has_loss_fn: bool, shown: str) -> Inputs:

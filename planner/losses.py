@@ -25,8 +25,9 @@ def takes_global_count(loss_fn: Callable[..., Any]) -> bool:
 def find_loss(output: Any) -> tuple[torch.Tensor, str]:
     """The loss in a model's output, and where it was.
 
-    In this order: `.loss` or ``["loss"]``; a 0-dim tensor, alone or in a tuple or mapping; else the mean of
-    squares of the first floating-point tensor, in float32 at least.
+    In this order: `.loss` or ``["loss"]``; a 0-dim tensor, alone or in a tuple or mapping; else the sum of the mean
+    squares of all floating-point tensors that depend on a parameter (of the first one, where none does), in float32
+    at least, so that whatever the model computes gets a gradient.
 
     Returns
     -------
@@ -49,10 +50,12 @@ def find_loss(output: Any) -> tuple[torch.Tensor, str]:
     for leaf in leaves:
         if leaf.ndim == 0 and leaf.is_floating_point():
             return leaf, "the model's own loss (the 0-dim tensor in its output)"
-    for leaf in leaves:
-        if leaf.is_floating_point():
-            wide = leaf if leaf.dtype == torch.float64 else leaf.float()
-            return wide.square().mean(), "stand-in: the mean of squares of the first floating-point output"
+    floats = list({id(leaf): leaf for leaf in leaves if leaf.is_floating_point()}.values())
+    trained = [leaf for leaf in floats if leaf.requires_grad] or floats[:1]
+    if trained:
+        loss = sum((_mean_square(leaf) for leaf in trained[1:]), _mean_square(trained[0]))
+        what = "the floating-point output" if len(trained) == 1 else f"each of {len(trained)} floating-point outputs"
+        return loss, f"stand-in: the mean of squares of {what}"
     raise ModelError(f"The model's output ({type(output).__name__}) has no floating-point tensor.", LOSS_FORMS)
 
 
@@ -69,6 +72,11 @@ def as_scalar(value: Any, what: str) -> torch.Tensor:
     if value.numel() != 1:
         raise ModelError(f"{what} has shape {tuple(value.shape)}, not one value.", "Average it: .mean().")
     return value if value.ndim == 0 else value.reshape(())
+
+
+def _mean_square(tensor: torch.Tensor) -> torch.Tensor:
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return wide.square().mean()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

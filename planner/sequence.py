@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from .diffusers_models import is_diffusers_model, latent_side
-from .huggingface import image_side, is_hf_model, is_image_model
+from .huggingface import is_hf_model
+from .huggingface_inputs import image_side, is_image_model
 
 LONGEST_DEFAULT = 4096
 DEFAULT_IMAGE_SIDE = 224

@@ -113,7 +113,7 @@ class Target:
         ModelError
             If the file's function fails.
         """
-        from . import diffusers_models, huggingface, inputs
+        from . import diffusers_models, huggingface, huggingface_inputs, inputs
 
         has_loss_fn = self._source.hooks.loss_fn is not None
         if self.input_specs:
@@ -122,7 +122,7 @@ class Target:
             value = self._call_example_inputs(self._source.hooks.example_inputs, model, batch, seq)
             return inputs.from_user(value, model, has_loss_fn, self.name)
         if huggingface.is_hf_model(model):
-            return huggingface.dummy_inputs(model, batch, seq)
+            return huggingface_inputs.dummy_inputs(model, batch, seq)
         if diffusers_models.is_diffusers_model(model):
             return diffusers_models.dummy_inputs(model, batch, seq)
         needed = ", ".join(inputs.required_names(model) or inputs.forward_names(model) or ["..."])
@@ -171,7 +171,7 @@ class Target:
         """In words, which loss is used, as far as it is known without an output (see `describe_loss`)."""
         if self._source.hooks.loss_fn is not None:
             return f"loss_fn of {self.name}"
-        return "the model's own loss if it returns one, else the mean of squares of its first float output"
+        return "the model's own loss if it returns one, else the sum of the mean squares of its float outputs"
 
     @property
     def loss_weighting(self) -> str:
