@@ -92,7 +92,16 @@ def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSecti
         return TensorParallelSection()
     return TensorParallelSection(
         styles={
-            fqn: ModuleStyle.model_validate({"style": s.style, "sizes": list(s.sizes), "output": s.output})
+            fqn: ModuleStyle.model_validate(
+                {
+                    "style": s.style,
+                    "sizes": list(s.sizes),
+                    "output": s.output,
+                    "parameters": dict(s.parameters),
+                    "packed": {name: list(sizes) for name, sizes in s.packed},
+                    "shared": list(s.shared),
+                }
+            )
             for fqn, s in sorted(sharding.styles.items())
         },
         attention=sorted(sharding.attention),

@@ -159,15 +159,25 @@ class ShardingSection(_Section):
 class ModuleStyle(_Section):
     """How tensor parallelism treats one parameter-owning module.
 
-    style: col (output features sharded), row (input features sharded, output summed), vocab (embedding rows
-    sharded, output summed), packed (col within each of `sizes` segments of the output features, for fused
-    projections), replicate.
-    output: placement of the module's output as the rest of the model sees it: "shard" (last dimension) or "replicate".
+    style: col (output features or channels sharded), row (input features or channels sharded, output summed),
+    vocab (embedding rows sharded, output summed), packed (col within each of `sizes` segments of the output
+    features, for fused projections), channel (a batch or group norm or a grouped convolution that runs on a part
+    of the channels), parameters (raw parameters sharded, the module's code as it is), heads (multi-head attention
+    with raw projections on a part of the heads), region (the module's own code on plain local tensors: inputs
+    whole, output summed), replicate.
+    output: placement of the module's output as the rest of the model sees it: "shard" (last dimension; channels
+    of convolutions and norms) or "replicate".
+    parameters: for parameters, heads and region: the dimension that tp divides, by name relative to the module;
+    packed: the sizes of their segments where a dimension holds several (fused) parts; shared: parameters that a
+    region adds to its partial sums, of which each rank adds 1/tp.
     """
 
-    style: Literal["col", "row", "vocab", "packed", "replicate"]
+    style: Literal["col", "row", "vocab", "packed", "channel", "parameters", "heads", "region", "replicate"]
     sizes: list[int] = Field(default_factory=list)
     output: Literal["shard", "replicate"] = "replicate"
+    parameters: dict[str, int] = Field(default_factory=dict)
+    packed: dict[str, list[int]] = Field(default_factory=dict)
+    shared: list[str] = Field(default_factory=list)
 
 
 class TensorParallelSection(_Section):

@@ -14,18 +14,10 @@ from ..units import DTYPE_BYTES
 from .graph import ModelGraph, UnitClass
 from .sharding_search import Search
 from .sharding_states import Collective, Outcome, Split, absolute
+from .sharding_styles import Style, is_split, unit_styles
 
 _TOP_DEGREE = 1024
 _REASONS = 6  # layers that stay whole and are named
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How tp treats one module; the fields of plan.json's `ModuleStyle`."""
-
-    style: str
-    sizes: tuple[int, ...] = ()
-    output: str = "replicate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +82,9 @@ def _sharding(search: Search) -> Sharding:
     for unit in search.graph.units:
         index, outcome = unit.class_index, search.outcomes[unit.class_index]
         attention |= {absolute(unit.fqn, fqn) for fqn in outcome.attention}
-        for fqn in search.layers[index]:
-            style = _style(search, index, fqn)
-            if style is not None:
-                module = absolute(unit.fqn, fqn)
-                styles[module] = style
-                split.update(_parameters(search, module, style, _is_conv1d(search, index, fqn)))
+        for module, style, parameters in unit_styles(search, unit):
+            styles[module] = style
+            split.update(parameters)
     for name, canonical in search.aliases.items():
         known = split.get(name, split.get(canonical))
         if known is not None:
@@ -110,33 +99,6 @@ def _sharding(search: Search) -> Sharding:
         reasons=tuple(_reasons(search, split)),
         sharded_share=_share(search, split),
     )
-
-
-def _style(search: Search, index: int, fqn: str) -> Style | None:
-    decision = search.decisions[index, fqn]
-    if fqn in search.outcomes[index].rows:
-        return Style("row")
-    if decision.style == "replicate":
-        return None
-    if decision.style == "vocab":
-        return Style("vocab")
-    if decision.style == "gather":
-        return Style("col")
-    return Style(decision.style, decision.sizes, "shard")
-
-
-def _is_conv1d(search: Search, index: int, fqn: str) -> bool:
-    ops = search.graph.classes[index].ops
-    return any(op.fqn == fqn and op.module_type == "Conv1D" for op in ops)
-
-
-def _parameters(search: Search, module: str, style: Style, transposed: bool) -> dict[str, int]:
-    weight, bias = f"{module}.weight".lstrip("."), f"{module}.bias".lstrip(".")
-    found = {weight: int((style.style == "row") != transposed)}
-    known = bias in search.graph.parameters or bias in search.aliases
-    if style.style in ("col", "packed") and known:
-        found[bias] = 0
-    return found
 
 
 def _parts(search: Search) -> tuple[tuple[int, str], ...]:
@@ -170,8 +132,11 @@ def _reasons(search: Search, split: Mapping[str, int]) -> Iterable[str]:
     total, said = search.total(), dict[tuple[str, str], str]()
     for (index, fqn), reason in search.why.items():
         count = sum(u.class_index == index for u in search.graph.units)
-        if _style(search, index, fqn) is None and search.layers[index][fqn].numel * count >= 0.01 * total:
-            said.setdefault((fqn, reason), f"{absolute(search.prefix[index], fqn)} stays whole: {reason}")
+        layer = search.layers[index].get(fqn)
+        if layer is not None and not is_split(search, index, layer) and layer.numel * count >= 0.01 * total:
+            said.setdefault(
+                (fqn, reason), f"{absolute(search.prefix[index], fqn).replace(':', '.')} stays whole: {reason}"
+            )
     yield from list(said.values())[:_REASONS]
 
 

@@ -1,337 +1,286 @@
 """How a sharding passes through the operators of one unit: abstract interpretation of its forward.
 
-Every tensor has a state: whole on each tp rank, split along one dimension, or a weight on its way to its product.
-Linear layers with a whole input make split tensors (col); those with an input split along the
+Every tensor has a state: whole on each tp rank, split along one dimension, a sum that is not finished, or a weight
+on its way to its product. Layers with a whole input make split tensors (col); those with an input split along the
 contraction take them (row). An operator that cannot carry a split raises `Conflict`, which names the layers to
 blame and what to try instead; `sharding_search.py` decides and runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
-from ..units import DTYPE_BYTES
-from .graph import Affine, Op, Ref, UnitClass
+from .graph import Op
+from .sharding_carry import attention, loss, meet_whole, partial, per_channel_norm, pointwise, through_channels
+from .sharding_products import PRODUCTS, convolution, embedding, product
 from .sharding_shapes import (
     CUTS,
     MOVES,
+    VIEWS,
     dim_argument,
+    reduced_dims,
     through_cut,
+    through_index,
     through_join,
     through_move,
     through_norm,
+    through_pad,
     through_reduction,
+    through_repeat,
+    through_roll,
     through_view,
 )
-from .sharding_states import (
-    Collective,
-    Conflict,
-    Decision,
-    Layer,
-    Outcome,
-    Split,
-    State,
-    Weight,
-    Whole,
-    is_transpose,
-    tensor_bytes,
+from .sharding_states import Collective, Conflict, Outcome, Partial, Split, State, Weight, Whole, tensor_bytes
+from .sharding_walk import Walk, inside
+
+POINTWISE = frozenset(
+    """abs add addcdiv addcmul alias bernoulli bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max
+    clamp_min clone contiguous copy cos detach div elu empty_like eq erf erfc exp exp2 expm1 fill floor floor_divide
+    fmod full_like ge gelu gt hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh log
+    log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logit lt masked_fill maximum minimum mish
+    mul nan_to_num native_dropout ne neg ones_like pow rand_like randn_like reciprocal relu remainder round rsqrt rsub
+    sigmoid sign silu sin softplus sqrt square sub tan tanh threshold _to_copy trunc where xlogy zero
+    zeros_like""".split()  # noqa: SIM905
 )
-
-_PROBE = 7  # microbatch at which shapes are compared: prime, so that chance equalities are rare
-
-_POINTWISE = frozenset(
-    """abs add addcdiv addcmul alias bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy
-    cos detach div elu eq erf erfc exp exp2 expm1 fill floor ge gelu gt hardsigmoid hardswish hardtanh isinf
-    isnan leaky_relu le lerp lift_fresh log log10 log1p log2 logical_and logical_not logical_or lt masked_fill
-    maximum minimum mish mul native_dropout ne neg pow reciprocal relu remainder round rsqrt rsub sigmoid sign silu
-    sin softplus sqrt square sub tan tanh threshold _to_copy trunc where xlogy zeros_like ones_like full_like
-    bernoulli nan_to_num""".split()  # noqa: SIM905
+REDUCTIONS = frozenset("mean sum amax amin var var_mean std logsumexp prod any all linalg_vector_norm".split())  # noqa: SIM905
+ALONG_DIM = frozenset(
+    "_softmax _log_softmax _safe_softmax cumsum cumprod sort topk flip argmax argmin max min".split()  # noqa: SIM905
 )
-_REDUCTIONS = frozenset("mean sum amax amin var var_mean std logsumexp prod any all linalg_vector_norm".split())  # noqa: SIM905
-_ALONG_DIM = frozenset("_softmax _log_softmax cumsum cumprod sort topk flip argmax".split())  # noqa: SIM905
-_VIEWS = frozenset("view _unsafe_view reshape _reshape_alias".split())  # noqa: SIM905
+CHANNELWISE = frozenset(
+    """max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d
+    upsample_bicubic2d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d replication_pad2d
+    pixel_unshuffle""".split()  # noqa: SIM905
+)
+_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+_KEEPS_ZERO = VIEWS | MOVES | frozenset(("clone", "_to_copy", "slice", "select"))
+_BATCH_NORMS = frozenset(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "native_group_norm"))
+_SMALL_NORM = 8  # a sum over a split dimension is exchanged if it is so many times smaller than what is summed
 
 
-class Interpreter:
-    """Runs the forward operators of one class over states.
-
-    Parameters
-    ----------
-    cls : UnitClass
-    layers : mapping of relative module FQN to Layer
-        Layers that may be split.
-    decisions : mapping of relative module FQN to Decision
-    sharded : callable
-        Tells by absolute parameter name whether some layer splits it.
-    names : sequence of str
-        Absolute name of each tensor that is a parameter, "" otherwise.
-    """
-
-    def __init__(
-        self,
-        cls: UnitClass,
-        layers: Mapping[str, Layer],
-        decisions: Mapping[str, Decision],
-        sharded: Callable[[str], bool],
-        names: Sequence[str],
-    ) -> None:
-        self.cls, self.layers, self.decisions, self.sharded = cls, layers, decisions, sharded
-        states: list[State] = [Weight(name) if name else Whole() for name in names]
-        self.out = Outcome(states, [None] * len(cls.ops))
-        self.sizes = [tuple(round(d.at(_PROBE)) for d in t.shape) for t in cls.tensors]
+class Interpreter(Walk):
+    """Runs the forward operators of one class over states; for its parameters see `Walk`."""
 
     def run(self) -> Outcome:
-        """Interpret all operators.
+        """Interpret all operators that something reads.
 
         Raises
         ------
         Conflict
             If a split meets what cannot carry it.
         """
+        live = live_operators(self)
         for op in self.cls.ops:
-            self._step(op)
+            if op.index in live:
+                self._step(op)
         for tensor in self.cls.outputs:
-            state = self.out.states[tensor]
+            state = self.state(tensor)
             if isinstance(state, Split):
                 raise Conflict(state.sources, "its output leaves its block split")
+            if isinstance(state, Partial):
+                self.sum_partial(tensor, state)
         lost = self.out.columns - self.out.consumed
         if lost:
             raise Conflict(frozenset(lost), "no later layer takes its split output")
+        self._whole_elsewhere()
+        self._sums_of_gradients()
+        return self.out
+
+    def _whole_elsewhere(self) -> None:
+        """A raw parameter that is split at one use and read whole at another."""
+        for name in self.out.raw.keys() & self.whole_uses:
+            if name in self.raw_layers:
+                raise Conflict(frozenset({self.raw_layers[name].fqn}), "it is read whole too")
+            raise Conflict(frozenset(), "it is read whole too", keep=name)
+
+    def _sums_of_gradients(self) -> None:
         for (tensor, door), module in self.out.inputs_summed.items():
             # A module that holds projections sums at its door, for those inside its children too.
             if not any(
                 t == tensor and f"{door}.".startswith(f"{d}.".lstrip(".")) and d != door
                 for t, d in self.out.inputs_summed
             ):
-                n_bytes = tensor_bytes(self.cls.tensors[tensor])
-                self.out.collectives.append(Collective("backward", "all_reduce", n_bytes, module))
-        return self.out
+                spec = self.cls.tensors[tensor]
+                n_bytes = tensor_bytes(spec)
+                self.out.collectives.append(Collective("backward", "all_reduce", n_bytes, module, spec.repeat))
 
     # one operator
 
     def _step(self, op: Op) -> None:
+        if op.outputs and all(t in self.views for t in op.outputs):
+            return  # it only looks at a parameter
         base = op.name.split(".")[-2].removesuffix("_") if "." in op.name else op.name
-        if "_scaled_dot_product" in op.name:
-            results = self._attention(op)
-        elif base in ("mm", "addmm"):
-            results = [self._linear(op, base)]
+        for tensor in op.inputs:
+            self.leave_region(op, tensor)
+        if any(inside(op.fqn, part) for part in self.opaque):
+            results = self._opaque(op)
+        elif "_scaled_dot_product" in op.name:
+            results = attention(self, op)
+        elif base in PRODUCTS:
+            results = product(self, op, base)
+        elif base in ("convolution", "_convolution"):
+            results = convolution(self, op)
         elif base == "embedding":
-            results = [self._embedding(op)]
+            results = embedding(self, op)
+        elif any(isinstance(self.state(t), Partial) for t in op.inputs):
+            results = partial(self, op, base)
         else:
             results = self._carry(op, base)
+        results = self._in_place(op, results)
         for tensor, state in zip(op.outputs, results, strict=False):
             self._set(tensor, state, op)
-        if self.out.op_split[op.index] is None and any(isinstance(s, Split) for s in self._inputs(op) + results):
-            self.out.op_split[op.index] = "elements"
+        if self.out.op_split[op.index] is None and any(
+            isinstance(s, Split) for s in (*(self.state(t) for t in op.inputs), *results)
+        ):
+            self.mark(op, "elements")
+
+    def _opaque(self, op: Op) -> list[State]:
+        reason = "an opaque part reads it"
+        for tensor in op.inputs:
+            state = self.state(tensor)
+            if isinstance(state, Split | Partial):
+                raise Conflict(state.sources, reason)
+            if isinstance(state, Weight):
+                self.used_whole(state, reason)
+        return [Whole()] * len(op.outputs)
+
+    def _in_place(self, op: Op, results: list[State]) -> list[State]:
+        """Operators in place return their target, and anew the tensor that it is a view of.
+
+        A split written into a view of a whole tensor would leave the rest of it wrong.
+        """
+        if not op.name.split(".")[-2].endswith("_") or not op.inputs or not results:
+            return results
+        target, result = op.inputs[0], results[0]
+        base = self.cls.tensors[target].base
+        before = self.state(target)
+        if base != target and isinstance(result, Split | Partial) and type(before) is not type(result):
+            raise Conflict(result.sources, "it is written into a part of a whole tensor")
+        return [result, *[self.state(base) if base != target else result] * (len(op.outputs) - 1)]
 
     def _set(self, tensor: int, state: State, op: Op) -> None:
         self.out.states[tensor] = state
+        door = next((d for d in self.region_doors if inside(op.fqn, d)), None)
+        if door is not None:
+            self.made_in[tensor] = door
         if isinstance(state, Split):
             sizes = state.segments or (self.sizes[tensor][state.dim] // state.outer,)
             for size in sizes:
-                if size == 1:
-                    raise Conflict(state.sources, "there is only one part to give")
-                self.out.limits.append((state.sources, size, self._label(op, size)))
-
-    def _label(self, op: Op, size: int) -> str:
-        return f"{op.fqn.strip('/') or self.cls.module_type} ({size})"
-
-    def _inputs(self, op: Op) -> list[State]:
-        return [self.out.states[t] for t in op.inputs]
-
-    def _splits(self, op: Op) -> list[tuple[int, Split]]:
-        found = []
-        for tensor in op.inputs:
-            state = self.out.states[tensor]
-            if isinstance(state, Split):
-                found.append((tensor, state))
-        return found
+                self.limit(state.sources, size, self.label(op, size))
 
     def _carry(self, op: Op, base: str) -> list[State]:
         """Operators without a weight's product: views, element-wise, reductions."""
-        splits = self._splits(op)
+        splits = self.splits(op)
         if not splits:
             return self._whole(op, base)
         sources = frozenset[str]().union(*(s.sources for _, s in splits))
         (tensor, state), n = splits[0], len(op.outputs)
+        if base.startswith("new_"):
+            return [Whole(zero=base in _ZEROS)] * n
         if state.loss and base != "nll_loss_forward":
             raise Conflict(sources, f"{base} needs all the classes")
-        if base in _VIEWS:
-            return [through_view(op, self.sizes, tensor, state)] * n
-        if base in CUTS:
-            features = self.layers[min(sources)].out_features
-            return [through_cut(op, base, self.sizes, tensor, state, self.cls.ops, features)] * n
+        shaped = self._shaped(op, base, tensor, state)
+        if shaped is not None:
+            return [shaped] * n
         if state.segments:
             raise Conflict(sources, f"{base} runs before its packed parts are set apart")
         if base in ("_log_softmax", "nll_loss_forward"):
-            return self._loss(op, base, state)
-        if base in _POINTWISE:
-            return [self._pointwise(op, sources, splits)] * n
-        if base in MOVES:
-            return [through_move(op, base, self.sizes, tensor, state)] * n
-        if base in ("view_as_complex", "view_as_real") and state.dim < len(self.sizes[tensor]) - 1:
-            return [state]
-        if base in _REDUCTIONS or base in _ALONG_DIM:
+            return loss(self, op, base, state)
+        if base in POINTWISE:
+            return [pointwise(self, op, sources, splits)] * n
+        if base in REDUCTIONS and self._is_norm(op, base, tensor, state):
+            return self._exchanged(op, state)
+        if base in REDUCTIONS or base in ALONG_DIM:
             return [through_reduction(op, base, self.sizes, tensor, state)] * n
-        if base == "bmm":
-            if len(splits) < len(op.inputs) or {(s.dim, s.outer) for _, s in splits} != {(0, state.outer)}:
-                raise Conflict(sources, "a batched product of split and whole tensors")
-            self.out.op_split[op.index] = "batch"
-            return [Split(0, sources, outer=state.outer)]
+        if base in _BATCH_NORMS:
+            return [per_channel_norm(self, op, base, state), *[Whole()] * (n - 1)]
+        if base in CHANNELWISE:
+            return [through_channels(op, base, len(self.sizes[tensor]), state)] * n
         if state.outer > 1:
             raise Conflict(sources, f"{base} on merged dimensions")
         if base in ("native_layer_norm", "_fused_rms_norm"):
             return [through_norm(op, self.sizes, tensor, state)] * n
         if base in ("cat", "stack"):
-            return [through_join(op, base, self.sizes, splits, sources)]
+            return [
+                through_join(op, base, self.sizes, splits, sources, lambda t, d: meet_whole(self, op, t, d, sources))
+            ]
         raise Conflict(sources, f"{base} has no rule for split tensors")
+
+    def _shaped(self, op: Op, base: str, tensor: int, state: Split) -> Split | None:
+        """Operators that only move elements of their first input."""
+        if base in VIEWS:
+            return through_view(op, self.sizes, tensor, state)
+        if base == "slice" and self.region(op) is not None and _every_other(op, self.sizes[tensor], state):
+            return state  # plain local tensors: each rank's part holds as many of every kind
+        if base in CUTS:
+            features = self.layers[min(state.sources)].out_features
+            return through_cut(op, base, self.sizes, tensor, state, self.cls.ops, features)
+        if base in MOVES:
+            return through_move(op, base, self.sizes, tensor, state)
+        if base in ("view_as_complex", "view_as_real") and state.dim < len(self.sizes[tensor]) - 1:
+            return state
+        if tensor != op.inputs[0] or state.segments or state.outer > 1:
+            return None
+        if base in ("index", "index_select"):
+            return through_index(op, base, self.sizes, tensor, state)
+        if base == "constant_pad_nd":
+            return through_pad(op, len(self.sizes[tensor]), state)
+        if base == "roll":
+            return through_roll(op, len(self.sizes[tensor]), state)
+        if base == "repeat":
+            return through_repeat(op, len(self.sizes[tensor]), state)
+        if base in ("tril", "triu") and state.dim < len(self.sizes[tensor]) - 2:
+            return state
+        if base == "unfold" and dim_argument(op, 1, len(self.sizes[tensor]), 0) != state.dim:
+            return state
+        return None
+
+    def _is_norm(self, op: Op, base: str, tensor: int, state: Split) -> bool:
+        """Whether this is the mean of squares of a norm over a split dimension: small enough to be exchanged."""
+        if base not in ("mean", "sum") or self.region(op) is not None or state.outer > 1:
+            return False
+        before, after = self.sizes[tensor], self.sizes[op.outputs[0]]
+        dims = reduced_dims(op, base, len(before))
+        if dims != {state.dim} or len(after) != len(before) or op.fqn in ("", "/"):
+            return False
+        return before[state.dim] >= _SMALL_NORM and state.dim == len(before) - 1
+
+    def _exchanged(self, op: Op, state: Split) -> list[State]:
+        for phase in ("forward", "backward"):
+            self.collective(op, phase, "all_reduce", op.outputs[0])
+        self.normed |= state.sources
+        return [Whole()]
 
     def _whole(self, op: Op, base: str) -> list[State]:
         """No split input: whole, after a check that no split weight is used in a way that is not known."""
-        weights = [s for s in self._inputs(op) if isinstance(s, Weight)]
-        if weights and (base in ("t", "transpose", "alias", "detach") or is_transpose(op)):
-            return [Weight(weights[0].name)]
-        for weight in weights:
-            own = weight.name.endswith(".bias") and op.fqn in self.layers  # added after a gathered product
-            if not own and self.sharded(weight.name):
-                raise Conflict(frozenset(), f"{base} uses its weight directly", weight=weight.name)
+        for tensor in op.inputs:
+            weight = self.state(tensor)
+            if isinstance(weight, Weight):
+                own = weight.name.endswith(".bias") and op.fqn in self.layers  # added after a gathered product
+                self.used_whole(weight, f"{base} uses its weight directly", own)
         if base == "_log_softmax":
             self.out.whole_loss = True
-        inputs = [s for s in self._inputs(op) if isinstance(s, Whole)]
+        inputs = [s for t in op.inputs if isinstance(s := self.state(t), Whole)]
         summed = inputs[0].summed_from if len(op.inputs) == 1 and inputs else frozenset[str]()
-        return [Whole(summed)] * len(op.outputs)
+        zero = base in _ZEROS or (base in _KEEPS_ZERO and bool(inputs) and inputs[0].zero)
+        return [Whole(summed, zero)] * len(op.outputs)
 
-    # rules
 
-    def _linear(self, op: Op, base: str) -> State:
-        refs = [a.tensor for a in op.args if isinstance(a, Ref)]
-        x, w = refs[-2:]
-        state, weight = self.out.states[x], self.out.states[w]
-        layer = self.layers.get(op.fqn)
-        known = layer is not None and isinstance(weight, Weight) and weight.name == layer.weight
-        if not known or layer is None:
-            blamed = frozenset[str]().union(*(s.sources for _, s in self._splits(op)))
-            reason = "a product with a weight that is no plain layer's own"
-            if blamed:
-                raise Conflict(blamed, reason)
-            self._refuse_split_weight(weight, reason)
-            return Whole()
-        decision = self.decisions[op.fqn]
-        if isinstance(state, Split):
-            if state.segments or state.loss or state.dim != len(self.sizes[x]) - 1:
-                raise Conflict(state.sources, f"{op.fqn} cannot sum over its split")
-            if decision.style == "replicate":
-                raise Conflict(state.sources, f"{op.fqn} must stay whole")
-            self.out.rows[op.fqn] = self.out.rows.get(op.fqn, frozenset()) | state.sources
-            self.out.consumed |= state.sources
-            self.out.op_split[op.index] = "k"
-            n_bytes = tensor_bytes(self.cls.tensors[op.outputs[0]])
-            self.out.collectives.append(Collective("forward", "all_reduce", n_bytes, op.fqn))
-            return Whole(state.sources)
-        if decision.style == "replicate":
-            return Whole()
-        self.out.op_split[op.index] = "n"
-        storage = self.cls.tensors[x].base
-        if self.cls.tensors[storage].requires_grad or self.cls.tensors[x].requires_grad:
-            self.out.inputs_summed.setdefault((storage, op.fqn.rpartition(".")[0]), op.fqn)
-        self.out.columns.add(op.fqn)
-        if decision.style == "gather":
-            self.out.consumed.add(op.fqn)
-            self.out.limits.append((frozenset({op.fqn}), layer.out_features, self._label(op, layer.out_features)))
-            n_bytes = tensor_bytes(self.cls.tensors[op.outputs[0]])
-            self.out.collectives.append(Collective("forward", "all_gather", n_bytes, op.fqn))
-            return Whole()
-        return Split(len(self.sizes[op.outputs[0]]) - 1, frozenset({op.fqn}), decision.sizes)
+def _every_other(op: Op, shape: tuple[int, ...], state: Split) -> bool:
+    """x[..., start::step] along the split, of a size that step divides."""
+    step = op.args[4] if len(op.args) > 4 else 1
+    along = dim_argument(op, 1, len(shape), 0)
+    return step > 1 and along == state.dim and shape[along] % step == 0 and not state.segments and state.outer == 1
 
-    def _embedding(self, op: Op) -> State:
-        weight = self.out.states[op.inputs[0]]
-        layer = self.layers.get(op.fqn)
-        if not isinstance(weight, Weight) or layer is None or layer.kind != "embedding":
-            self._refuse_split_weight(weight, "an embedding that is no plain layer reads its weight")
-            return Whole()
-        if self.decisions[op.fqn].style != "vocab":
-            return Whole()
-        self.out.limits.append((frozenset({op.fqn}), layer.out_features, self._label(op, layer.out_features)))
-        self.out.op_split[op.index] = "elements"
-        n_bytes = tensor_bytes(self.cls.tensors[op.outputs[0]])
-        self.out.collectives.append(Collective("forward", "all_reduce", n_bytes, op.fqn))
-        return Whole()
 
-    def _refuse_split_weight(self, state: State, reason: str) -> None:
-        if isinstance(state, Weight) and self.sharded(state.name):
-            raise Conflict(frozenset(), reason, weight=state.name)
-
-    def _attention(self, op: Op) -> list[State]:
-        """Heads are independent. Whole keys and values get partial gradients, summed with those of their input."""
-        query, key = [a.tensor for a in op.args if isinstance(a, Ref)][:2]
-        heads = len(self.sizes[query]) - 3
-        splits = self._splits(op)
-        if not splits:
-            return [Whole()] * len(op.outputs)
-        sources = frozenset[str]().union(*(s.sources for _, s in splits))
-        state = self.out.states[query]
-        wrong = [s.sources for _, s in splits if s.dim != heads or s.segments or not isinstance(state, Split)]
-        if wrong:  # a single key/value head ends up here: it stays whole, and each rank's queries share it
-            raise Conflict(frozenset[str]().union(*wrong), f"{op.fqn} attends over a split that is not by heads")
-        n_heads, n_kv = self.sizes[query][heads], self.sizes[key][heads]
-        self.out.limits.append((sources, n_heads, f"{op.fqn} ({n_heads} heads)"))
-        if n_kv != n_heads and isinstance(self.out.states[key], Split):
-            self.out.limits.append((sources, n_kv, f"{op.fqn} ({n_kv} key/value heads)"))
-        self.out.attention.add(op.fqn)
-        self.out.op_split[op.index] = "heads"
-        rest: list[State] = [
-            Split(1, sources) if len(self.sizes[t]) > 1 and self.sizes[t][1] == n_heads else Whole()
-            for t in op.outputs[1:]
-        ]
-        return [Split(heads, sources), *rest]
-
-    def _pointwise(self, op: Op, sources: frozenset[str], splits: list[tuple[int, Split]]) -> State:
-        rank = max(len(self.sizes[t]) for t in op.inputs)
-        places = {(state.dim + rank - len(self.sizes[t]), state.outer) for t, state in splits}
-        if len(places) != 1 or any(s.segments or s.loss for _, s in splits):
-            raise Conflict(sources, "element-wise on tensors that are split differently")
-        place, outer = places.pop()
-        for tensor in op.inputs:
-            state = self.out.states[tensor]
-            own = place - (rank - len(self.sizes[tensor]))
-            if isinstance(state, Split) or own < 0 or self.sizes[tensor][own] == 1:
-                continue
-            if outer > 1:
-                raise Conflict(sources, "it meets a whole tensor on merged dimensions")
-            if isinstance(state, Whole) and self.cls.tensors[tensor].requires_grad:
-                self._join(op, tensor, sources, state)
-        return Split(place, sources, outer=outer)
-
-    def _join(self, op: Op, tensor: int, sources: frozenset[str], state: Whole) -> None:
-        """A split meets a whole activation (a low-rank adapter): its gradient must be gathered.
-
-        Where that activation is a sum over tp, one of the two groups of layers had better stay whole.
-        """
-        if state.summed_from:
-            raise Conflict(self._smaller(sources, state.summed_from), "it meets a whole activation of its size")
-        n_bytes = tensor_bytes(self.cls.tensors[tensor])
-        self.out.collectives.append(Collective("backward", "all_gather", n_bytes, op.fqn))
-
-    def _smaller(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
-        """Which of two groups of layers to give up: the one with fewer parameters."""
-        if not other:
-            return one
-        weigh = {side: sum(self.layers[f].numel for f in side if f in self.layers) for side in (one, other)}
-        return one if weigh[one] < weigh[other] else other
-
-    def _loss(self, op: Op, base: str, state: Split) -> list[State]:
-        if base == "nll_loss_forward":
-            if not state.loss:
-                raise Conflict(state.sources, "the loss needs all the classes")
-            self.out.loss |= state.sources
-            self.out.consumed |= state.sources
-            rows = Affine()
-            for tensor in op.inputs[1:2]:
-                rows = tensor_bytes(self.cls.tensors[tensor]).scaled(4 / DTYPE_BYTES[self.cls.tensors[tensor].dtype])
-            for _ in range(3):  # maximum, sum of exponentials, the target's logit
-                self.out.collectives.append(Collective("forward", "all_reduce", rows, op.fqn))
-            return [Whole()] * len(op.outputs)
-        along = dim_argument(op, 1, len(self.sizes[op.inputs[0]]), -1)
-        if along != state.dim:
-            return [Split(state.dim, state.sources)]
-        return [Split(state.dim, state.sources, loss=True)]
+def live_operators(walk: Walk) -> set[int]:
+    """Operators whose results (or changes in place) are read or learnt from: others constrain nothing."""
+    tensors = walk.cls.tensors
+    if not walk.cls.outputs and not any(op.backward for op in walk.cls.ops):
+        return {op.index for op in walk.cls.ops}
+    wanted = {tensors[t].base for t in walk.cls.outputs} | set(walk.cls.outputs)
+    live: set[int] = set()
+    for op in reversed(walk.cls.ops):
+        written = {tensors[t].base for t in op.outputs} | set(op.outputs)
+        if written & wanted or op.backward or not op.outputs:
+            live.add(op.index)
+            wanted |= set(op.inputs) | {tensors[t].base for t in op.inputs}
+    return live

@@ -9,14 +9,18 @@ divide. Each change goes one way, so this ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .graph import ModelGraph, Op, UnitClass
+from .graph import ModelGraph, UnitClass
+from .sharding_layers import layers_of
 from .sharding_rules import Interpreter
-from .sharding_states import Conflict, Decision, Layer, Outcome, absolute, is_transpose
+from .sharding_states import Conflict, Decision, Layer, Outcome, Weight, absolute
+from .sharding_views import parameter_views
+from .sharding_walk import inside
 
 _VOCAB_DEGREES = 8  # a vocabulary is split only if every other legal degree up to this divides it
+_SMALL_OUTPUT = 16  # an output is gathered if the weight is so many times larger than it (for one sample)
 _MINOR_SHARE = 0.05  # layers below this share of the parameters may not narrow the choice of tp
 
 Key = tuple[int, str]  # class index, module FQN relative to the unit
@@ -27,7 +31,9 @@ class Search:
     """The state of one analysis: the layers of each class, and what is tried for each."""
 
     graph: ModelGraph
-    names: list[list[str]] = field(default_factory=list)
+    views: list[dict[int, Weight]] = field(default_factory=list)
+    opaque: list[set[str]] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
     layers: list[dict[str, Layer]] = field(default_factory=list)
     decisions: dict[Key, Decision] = field(default_factory=dict)
     why: dict[Key, str] = field(default_factory=dict)
@@ -39,9 +45,9 @@ class Search:
         """Interpret, settle what spans classes, repeat until nothing changes."""
         self._collect()
         while True:
-            before = dict(self.decisions)
+            before, kept = dict(self.decisions), len(self.kept)
             self.outcomes = [self._interpret(index) for index in range(len(self.graph.classes))]
-            if self.decisions == before and not self._settle():
+            if self.decisions == before and len(self.kept) == kept and not self._settle():
                 return
 
     # what there is
@@ -52,11 +58,11 @@ class Search:
         first = {u.class_index: u.fqn for u in reversed(self.graph.units)}
         self.prefix = [first.get(index, "") for index in range(len(self.graph.classes))]
         for cls, prefix in zip(self.graph.classes, self.prefix, strict=True):
-            names = [absolute(prefix, t.fqn) if t.kind in ("parameter", "buffer") else "" for t in cls.tensors]
-            self.names.append(
-                [name if t.kind == "parameter" else "" for name, t in zip(names, cls.tensors, strict=True)]
-            )
-            self.layers.append(dict(self._layers_of(cls, prefix, self.names[-1])))
+            names = [absolute(prefix, t.fqn) if t.kind == "parameter" else "" for t in cls.tensors]
+            self.views.append(parameter_views(cls, names))
+            self.opaque.append(self._opaque_in(cls))
+            found = layers_of(self.graph, cls, prefix, self.views[-1], self.aliases)
+            self.layers.append({layer.fqn: layer for layer in found if not self._is_opaque(cls, layer)})
         largest = self._largest_embedding()
         for index, layers in enumerate(self.layers):
             for fqn, layer in layers.items():
@@ -65,37 +71,23 @@ class Search:
                     style = "vocab" if 2 * layer.numel >= largest else "replicate"
                 self.decisions[index, fqn] = Decision(style)
 
-    def _layers_of(self, cls: UnitClass, prefix: str, names: Sequence[str]) -> Iterable[tuple[str, Layer]]:
-        transposed: dict[int, int] = {}
-        for op in cls.ops:
-            if is_transpose(op) and names[op.inputs[0]]:
-                transposed[op.outputs[0]] = op.inputs[0]
-            kind = {"aten.mm.default": "linear", "aten.addmm.default": "linear"}.get(op.name)
-            kind = "embedding" if op.name == "aten.embedding.default" else kind
-            if kind is None or op.fqn.startswith("/"):
-                continue
-            used = op.inputs[0] if kind == "embedding" else _weight_operand(op)
-            stored = transposed.get(used, used)
-            # Hugging Face's Conv1D keeps its weight as (in, out) and multiplies without transposing it.
-            if not names[stored] or (kind == "linear" and used == stored and op.module_type != "Conv1D"):
-                continue
-            if not self._owns(absolute(prefix, op.fqn), names[stored], kind):
-                continue
-            shape = tuple(round(d.at(1)) for d in cls.tensors[stored].shape)
-            out = shape[1] if op.module_type == "Conv1D" else shape[0]
-            yield op.fqn, Layer(op.fqn, names[stored], kind, out, math.prod(shape))
+    def _opaque_in(self, cls: UnitClass) -> set[str]:
+        """Opaque modules inside the units of a class, relative to them; "" if a whole unit is."""
+        found: set[str] = set()
+        for unit in self.graph.units:
+            if unit.class_index == cls.index:
+                for fqn, *_ in self.graph.opaque:
+                    if inside(unit.fqn, fqn):
+                        found.add("")
+                    elif inside(fqn, unit.fqn):
+                        found.add(fqn[len(unit.fqn) :].strip("."))
+        return found
 
-    def _owns(self, module: str, weight: str, kind: str) -> bool:
-        """Whether `weight` is the module's .weight (or tied to it), and nothing but a bias stands beside it."""
-        own = f"{module}.weight".lstrip(".")
-        if self.aliases.get(own, own) != self.aliases.get(weight, weight):
-            return False
-        beside = {
-            name.rpartition(".")[2]
-            for name, p in self.graph.parameters.items()
-            if name.rpartition(".")[0] == module and not p.is_buffer
-        }
-        return beside <= ({"weight", "bias"} if kind == "linear" else {"weight"})
+    def _is_opaque(self, cls: UnitClass, layer: Layer) -> bool:
+        found = any(inside(layer.owner, part) for part in self.opaque[cls.index])
+        if found:
+            self.why[cls.index, layer.fqn] = "it is an opaque part"
+        return found
 
     def _groups(self) -> dict[str, list[Key]]:
         """Layers by the canonical name of their weight: tied layers, and layers that several classes run."""
@@ -111,8 +103,9 @@ class Search:
         cls, layers = self.graph.classes[index], self.layers[index]
         while True:
             mine = {fqn: self.decisions[index, fqn] for fqn in layers}
+            walk = Interpreter(cls, layers, mine, self._is_split, self.views[index], self.kept, self.opaque[index])
             try:
-                return Interpreter(cls, layers, mine, self._is_split, self.names[index]).run()
+                return walk.run()
             except Conflict as conflict:
                 self._yield(index, conflict)
 
@@ -126,7 +119,8 @@ class Search:
         found = []
         for name in names:
             weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
-            found += self._groups().get(self.aliases.get(weight, weight), [])
+            keys = self._groups().get(self.aliases.get(weight, weight), [])
+            found += [key for key in keys if weight == name or self.layers[key[0]][key[1]].kind != "raw"]
         return found
 
     def _yield(self, index: int, conflict: Conflict) -> None:
@@ -137,6 +131,9 @@ class Search:
             for key in self._owners(conflict.weight):
                 self._replicate(key, conflict.reason)
                 changed.append(True)
+        if conflict.keep and conflict.keep not in self.kept:
+            self.kept.add(conflict.keep)
+            changed.append(True)
         if not any(changed):
             raise AssertionError(f"{conflict} changes nothing")
 
@@ -147,12 +144,19 @@ class Search:
             return False
         if packed and decision.style == "col" and all(size > 1 for size in packed):
             self.decisions[key] = Decision("packed", packed)
-        elif decision.style == "col" and self._is_head(key):
+        elif decision.style == "col" and self._gathers(key):
             self.decisions[key] = Decision("gather")
         else:
             self.decisions[key] = Decision("replicate")
             self.why[key] = reason
         return True
+
+    def _gathers(self, key: Key) -> bool:
+        """Whether a linear layer is worth sharding although its output must be gathered: far smaller, or a head."""
+        layer = self.layers[key[0]][key[1]]
+        if layer.kind != "linear":
+            return False
+        return _SMALL_OUTPUT * layer.out_per_sample <= layer.numel or self._is_head(key)
 
     def _is_head(self, key: Key) -> bool:
         """Whether a layer is worth sharding although its output must be gathered: a vocabulary head."""
@@ -178,9 +182,10 @@ class Search:
 
     def _settle(self) -> bool:
         """One rule at a time: tied layers agree, the loss is all parallel or not at all, parts divide."""
-        before = dict(self.decisions)
+        before, kept = dict(self.decisions), len(self.kept)
         rules = (
             self._ties,
+            self._raw_agree,
             self._shared_modules,
             self._one_loss,
             self._small_losses,
@@ -190,7 +195,7 @@ class Search:
         )
         for rule in rules:
             rule()
-            if self.decisions != before:
+            if self.decisions != before or len(self.kept) != kept:
                 return True
         return False
 
@@ -206,6 +211,17 @@ class Search:
             if len(wanted) > 1:
                 for key in keys:
                     self._replicate(key, "the layers that share its weight cannot be split alike")
+
+    def _raw_agree(self) -> None:
+        """A raw parameter that several classes read must be split alike in all of them."""
+        for index, outcome in enumerate(self.outcomes):
+            for name, split in outcome.raw.items():
+                for other, views in enumerate(self.views):
+                    reads = other != index and any(w.name == name for w in views.values())
+                    if reads and self.outcomes[other].raw.get(name) != split:
+                        self.kept.add(name)
+                        for key in self._owners(name):
+                            self._replicate(key, "the parts of the model that share it cannot be split alike")
 
     def _shared_modules(self) -> None:
         """A row layer in one call and a col layer in another cannot be both."""
@@ -288,8 +304,3 @@ class Search:
                     self._replicate(key, f"its {size} parts would limit tp")
             else:
                 common = narrower
-
-
-def _weight_operand(op: Op) -> int:
-    """The tensor on the right of a matrix product."""
-    return [a.tensor for a in op.args if hasattr(a, "tensor")][-1]

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .graph import Op
+from .graph import Op, Ref
 from .sharding_states import Conflict, Split
 
 Sizes = Sequence[tuple[int, ...]]
 
 CUTS = frozenset(("split", "split_with_sizes", "unsafe_split", "slice", "select", "unbind"))
 MOVES = frozenset(("transpose", "permute", "t", "unsqueeze", "squeeze", "expand"))
+VIEWS = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias"))
 
 
 def dim_argument(op: Op, place: int, rank: int, default: int) -> int:
@@ -27,9 +28,9 @@ def dim_argument(op: Op, place: int, rank: int, default: int) -> int:
     return (default if value is None else int(value)) % rank
 
 
-def through_view(op: Op, sizes: Sizes, tensor: int, state: Split) -> Split:
-    """A view; see `Split.outer` for dimensions that are merged in front of the split one."""
-    before, after, dim = sizes[tensor], sizes[op.outputs[0]], state.dim
+def through_view(op: Op, sizes: Sizes, tensor: int, state: Split, out: int | None = None) -> Split:
+    """A view (into tensor `out`); see `Split.outer` for dimensions that are merged in front of the split one."""
+    before, after, dim = sizes[tensor], sizes[op.outputs[0] if out is None else out], state.dim
     if state.segments:
         return _through_packed_view(op, state, before, after)
     if state.outer > 1:
@@ -48,7 +49,8 @@ def through_view(op: Op, sizes: Sizes, tensor: int, state: Split) -> Split:
 
 def _through_packed_view(op: Op, state: Split, before: tuple[int, ...], after: tuple[int, ...]) -> Split:
     segments, dim = state.segments, state.dim
-    if op.fqn in state.sources and after[-1] == before[-1] and dim == len(before) - 1:
+    own = any(source.partition(":")[0] == op.fqn for source in state.sources)
+    if own and after[-1] == before[-1] and dim == len(before) - 1:
         return Split(len(after) - 1, state.sources, segments)  # the layer's own flattening
     rest = after[dim:]
     if after[:dim] != before[:dim] or len(rest) < 2 or dim != len(before) - 1:
@@ -103,11 +105,12 @@ def _parts(op: Op, base: str, sizes: Sizes, tensor: int, dim: int, ops: Sequence
 
 
 def through_move(op: Op, base: str, sizes: Sizes, tensor: int, state: Split) -> Split:
-    """Transpose, permute, expand, and dimensions of size 1 that come or go."""
-    return replace(state, dim=_moved(op, base, sizes, tensor, state.dim))
+    """Transpose, permute, expand, and dimensions of size 1 that come or go (of packed parts too)."""
+    return replace(state, dim=moved(op, base, sizes, tensor, state.dim))
 
 
-def _moved(op: Op, base: str, sizes: Sizes, tensor: int, dim: int) -> int:
+def moved(op: Op, base: str, sizes: Sizes, tensor: int, dim: int) -> int:
+    """Where dimension `dim` of the input is in the output."""
     rank, after = len(sizes[tensor]), len(sizes[op.outputs[0]])
     if base == "t":
         return 1 - dim if rank == 2 else dim
@@ -125,13 +128,32 @@ def _moved(op: Op, base: str, sizes: Sizes, tensor: int, dim: int) -> int:
     return dim - sum(d < dim and sizes[tensor][d] == 1 for d in gone)
 
 
+def reduced_dims(op: Op, base: str, rank: int) -> set[int]:
+    """The dimensions that a reduction (or softmax, sort, ...) works on; empty if it names none."""
+    place = 2 if base in ("topk", "linalg_vector_norm") else 1
+    named = [a[1] for a in op.args if isinstance(a, tuple) and len(a) == 2 and a[0] == "dim"]
+    given = (
+        op.args[place] if len(op.args) > place else (named[0] if named else -1 if base in ("topk", "sort") else None)
+    )
+    if (
+        isinstance(given, bool)
+        or not isinstance(given, (int, tuple))
+        or any(not isinstance(d, int) for d in _several(given))
+    ):
+        return set()
+    return {d % rank for d in _several(given)}
+
+
+def _several(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def through_reduction(op: Op, base: str, sizes: Sizes, tensor: int, state: Split) -> Split:
     """Reductions and softmax: fine along other dimensions."""
     rank = len(sizes[tensor])
-    given = op.args[1] if len(op.args) > 1 else None
-    if not isinstance(given, (int, tuple)) or given == ():
+    dims = reduced_dims(op, base, rank)
+    if not dims:
         raise Conflict(state.sources, f"{base} needs the whole tensor")
-    dims = {int(d) % rank for d in (given if isinstance(given, tuple) else (given,))}
     if state.dim in dims:
         raise Conflict(state.sources, f"{base} needs the whole dimension")
     kept = len(sizes[op.outputs[0]]) == rank
@@ -148,16 +170,71 @@ def through_norm(op: Op, sizes: Sizes, tensor: int, state: Split) -> Split:
 
 
 def through_join(
-    op: Op, base: str, sizes: Sizes, splits: Sequence[tuple[int, Split]], sources: frozenset[str]
+    op: Op,
+    base: str,
+    sizes: Sizes,
+    splits: Sequence[tuple[int, Split]],
+    sources: frozenset[str],
+    meet_whole: Callable[[int, int], None],
 ) -> Split:
-    """cat and stack of tensors that are all split alike, along another dimension."""
+    """cat and stack of tensors that are split alike, along another dimension.
+
+    `meet_whole(tensor, dim)` is asked whether a whole operand may be cut along `dim`.
+    """
     dims = {state.dim for _, state in splits}
-    if len(dims) != 1 or {t for t, _ in splits} != set(op.inputs):
-        raise Conflict(sources, "it is joined to whole or differently split tensors")
+    if len(dims) != 1 or any(state.outer > 1 for _, state in splits):
+        raise Conflict(sources, "it is joined to differently split tensors")
     dim = dims.pop()
+    for tensor in set(op.inputs) - {t for t, _ in splits}:
+        if len(sizes[tensor]) <= dim:
+            raise Conflict(sources, "it is joined to a tensor of another shape")
+        meet_whole(tensor, dim)
     along = dim_argument(op, 1, len(sizes[splits[0][0]]) + (base == "stack"), 0)
     if base == "stack":
         return Split(dim + (along <= dim), sources)
     if along == dim:
         raise Conflict(sources, "it is joined along its split")
     return Split(dim, sources)
+
+
+def through_index(op: Op, base: str, sizes: Sizes, tensor: int, state: Split) -> Split:
+    """Rows picked along other dimensions: x[:, index] and index_select."""
+    if base == "index_select":
+        if dim_argument(op, 1, len(sizes[tensor]), 0) == state.dim:
+            raise Conflict(state.sources, "an index picks along its split")
+        return state
+    given = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], tuple) else ()
+    picked = [(d, item.tensor) for d, item in enumerate(given) if isinstance(item, Ref)]
+    where = [d for d, _ in picked]
+    if not picked or state.dim in where:
+        raise Conflict(state.sources, "an index picks along its split")
+    if any(len(sizes[t]) == len(sizes[tensor]) for _, t in picked) or where != list(range(where[0], where[-1] + 1)):
+        raise Conflict(state.sources, "an index picks across its dimensions")
+    rank = max(len(sizes[t]) for _, t in picked)
+    return replace(state, dim=state.dim if state.dim < where[0] else state.dim - len(where) + rank)
+
+
+def through_pad(op: Op, rank: int, state: Split) -> Split:
+    """Padding of other dimensions (pairs from the last dimension backwards)."""
+    widths = op.args[1]
+    own = rank - 1 - state.dim
+    if any(widths[2 * own : 2 * own + 2]):
+        raise Conflict(state.sources, "padding along its split")
+    return state
+
+
+def through_roll(op: Op, rank: int, state: Split) -> Split:
+    """A cyclic shift of other dimensions."""
+    dims = _several(op.args[2]) if len(op.args) > 2 else ()
+    if not dims or state.dim in {d % rank for d in dims}:
+        raise Conflict(state.sources, "a cyclic shift along its split")
+    return state
+
+
+def through_repeat(op: Op, rank: int, state: Split) -> Split:
+    """Copies along other dimensions."""
+    times = op.args[1]
+    dim = state.dim + len(times) - rank
+    if times[dim] != 1:
+        raise Conflict(state.sources, "it is repeated along its split")
+    return replace(state, dim=dim)

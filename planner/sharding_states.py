@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ..units import DTYPE_BYTES
@@ -10,9 +11,14 @@ from .graph import Affine, Op, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Equal on all tp ranks; `summed_from` are the col layers whose split a row layer has just summed."""
+    """Equal on all tp ranks.
+
+    `summed_from` are the col layers whose split a row layer has just summed; `zero` marks a tensor of zeros, to
+    which partial sums may be added.
+    """
 
     summed_from: frozenset[str] = frozenset()
+    zero: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,45 +38,79 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Partial:
+    """To be summed over tp at the door of the region `door` (relative module FQN) in which it was made."""
+
+    sources: frozenset[str]
+    door: str
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter by its absolute name, as stored or transposed."""
+    """A parameter or buffer by its absolute name, as stored or after views and casts.
+
+    dims[i] is the dimension of the parameter whose even division divides dimension i of this view evenly, in the
+    same order; None where there is none. `indexed` marks rows picked by an index tensor.
+    """
 
     name: str
+    dims: tuple[int | None, ...] = ()
+    indexed: bool = False
 
 
-State = Whole | Split | Weight
+State = Whole | Split | Partial | Weight
 
 
 class Conflict(Exception):
-    """A split that cannot go on: `modules` must change, or whatever layers split `weight`.
+    """A split that cannot go on: `modules` must change, or whatever layers split `weight`, or `keep` stays whole.
 
-    `packed` are segment sizes that would help.
+    `packed` are segment sizes that would help; `keep` is a raw parameter that may not follow a split.
     """
 
-    def __init__(self, modules: frozenset[str], reason: str, packed: tuple[int, ...] = (), weight: str = "") -> None:
+    def __init__(
+        self,
+        modules: frozenset[str],
+        reason: str,
+        packed: tuple[int, ...] = (),
+        weight: str = "",
+        keep: str = "",
+    ) -> None:
         super().__init__(reason)
-        self.modules, self.reason, self.packed, self.weight = modules, reason, packed, weight
+        self.modules, self.reason, self.packed, self.weight, self.keep = modules, reason, packed, weight, keep
 
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One tp collective of a unit call; `bytes` is the size of the whole tensor, `module` relative to the unit."""
+    """A tp collective of a unit call.
+
+    `bytes` is the size of the whole tensor, `module` relative to the unit, `repeat` how often a loop over time
+    steps runs it.
+    """
 
     phase: str
     collective: str
     bytes: Affine
     module: str
+    repeat: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear or embedding that owns its weight: `weight` by absolute name, rows = dimension of size out."""
+    """A weight that may be split, by the FQN of the module that owns it, or owner:parameter for raw parameters.
+
+    `weight` is its absolute name. `kind`: linear, embedding, convolution (modules with a weight and perhaps a
+    bias), raw (a parameter that a product reads directly). `owner` is the module whose code runs the product;
+    `region` says that this code must run on plain local tensors. `out_per_sample` is the size of the output.
+    """
 
     fqn: str
     weight: str
     kind: str
     out_features: int
     numel: int
+    owner: str = ""
+    region: bool = False
+    out_per_sample: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +123,14 @@ class Decision:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one interpretation found: see `ClassSharding` for the fields that the planner reads."""
+    """What one interpretation found: see `ClassSharding` for the fields that the planner reads.
+
+    rows : layers split along what they sum over -> the layers that split their input
+    columns, consumed : layers that split their output; those of them whose split some later operator takes
+    raw : split raw parameters by absolute name -> (dimension, sizes of packed segments)
+    regions : modules (relative FQN) whose code runs on plain local tensors -> their parameters added to partial sums
+    channels : norms and grouped convolutions that run on a part of the channels
+    """
 
     states: list[State]
     op_split: list[str | None]
@@ -96,6 +143,9 @@ class Outcome:
     collectives: list[Collective] = field(default_factory=list)
     inputs_summed: dict[tuple[int, str], str] = field(default_factory=dict)
     limits: list[tuple[frozenset[str], int, str]] = field(default_factory=list)
+    raw: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    regions: dict[str, set[str]] = field(default_factory=dict)
+    channels: set[str] = field(default_factory=set)
 
 
 def is_transpose(op: Op) -> bool:
