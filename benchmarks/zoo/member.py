@@ -79,6 +79,9 @@ class Member:
         The same of the small variant.
     batch_coupled : bool
         Whether the loss compares the samples of a batch with each other (contrastive).
+    oracle_small : bool
+        Whether torch's FLOPs are counted on the small variant, because the real size takes too long without folding
+        (loops over time steps).
     executed : bool
         Whether the small variant is run on gloo processes.
     why_not : str
@@ -97,6 +100,7 @@ class Member:
     small_seq: int = 16
     inputs: tuple[str, ...] = ()
     batch_coupled: bool = False
+    oracle_small: bool = False
     executed: bool = True
     why_not: str = ""
 

@@ -38,7 +38,10 @@ def _seq2seq(model_type: str, architecture: str, small: Config | None = None, **
 _FEW_EXPERTS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 32}
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+}
 
 MEMBERS: tuple[Member, ...] = (
     # multi-head, grouped-query and multi-query attention; parallel blocks; ALiBi, rotary, learned positions
@@ -125,13 +128,40 @@ MEMBERS: tuple[Member, ...] = (
     _experts("llama4_text", "Llama4ForCausalLM", {**_FEW_EXPERTS, "intermediate_size_mlp": 64}),
     # state spaces, linear attention, hybrids
     _state_space("mamba", "MambaForCausalLM", {"state_size": 4, "time_step_rank": 4}),
-    _state_space("mamba2", "Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}),
+    _state_space(
+        "mamba2", "Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}
+    ),
     _state_space("falcon_mamba", "FalconMambaForCausalLM", {"state_size": 4, "time_step_rank": 4}),
-    _state_space("jamba", "JambaForCausalLM", {**_FEW_EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}),
-    _state_space("bamba", "BambaForCausalLM", {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8, "attn_layer_indices": [1, 3]}),
+    _state_space(
+        "jamba",
+        "JambaForCausalLM",
+        {**_FEW_EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    _state_space(
+        "bamba",
+        "BambaForCausalLM",
+        {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+            "attn_layer_indices": [1, 3],
+        },
+    ),
     _state_space("rwkv", "RwkvForCausalLM", {"attention_hidden_size": 32, "context_length": 64}),
     _state_space("recurrent_gemma", "RecurrentGemmaForCausalLM", {"lru_width": 32, "attention_window_size": 8}),
-    _state_space("qwen3_next", "Qwen3NextForCausalLM", {**_FEW_EXPERTS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}),
+    _state_space(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        {
+            **_FEW_EXPERTS,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
     _state_space("lfm2", "Lfm2ForCausalLM"),
     # encoders
     _encoder("bert", "BertForMaskedLM"),
@@ -152,6 +182,12 @@ MEMBERS: tuple[Member, ...] = (
     _seq2seq("bart", "BartForConditionalGeneration"),
     _seq2seq("pegasus", "PegasusForConditionalGeneration"),
     _seq2seq("m2m_100", "M2M100ForConditionalGeneration"),
-    _seq2seq("switch_transformers", "SwitchTransformersForConditionalGeneration", {"num_experts": 4, "expert_capacity": 16}),
-    _seq2seq("prophetnet", "ProphetNetForConditionalGeneration", {"num_encoder_layers": 4, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}),
+    _seq2seq(
+        "switch_transformers", "SwitchTransformersForConditionalGeneration", {"num_experts": 4, "expert_capacity": 16}
+    ),
+    _seq2seq(
+        "prophetnet",
+        "ProphetNetForConditionalGeneration",
+        {"num_encoder_layers": 4, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    ),
 )
