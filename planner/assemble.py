@@ -155,7 +155,7 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
                             "axis": "tp",
                             "collective": item.collective,
                             "phase": item.phase,
-                            "bytes_per_microbatch": round(item.bytes.at(b)),
+                            "bytes_per_microbatch": round(item.bytes.at(b)) * item.repeat,
                         }
                     )
                 )

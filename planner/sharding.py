@@ -80,7 +80,7 @@ def _sharding(search: Search) -> Sharding:
     split: dict[str, int] = {}
     attention: set[str] = set()
     for unit in search.graph.units:
-        index, outcome = unit.class_index, search.outcomes[unit.class_index]
+        outcome = search.outcomes[unit.class_index]
         attention |= {absolute(unit.fqn, fqn) for fqn in outcome.attention}
         for module, style, parameters in unit_styles(search, unit):
             styles[module] = style

@@ -96,7 +96,7 @@ def _raw_layer(cls: UnitClass, op: Op, base: str, weight: Weight, views: Mapping
         return None
     expert = len(shape) >= _REGION_RANK and (base in BATCHED or weight.indexed or 0 not in weight.dims)
     expert = expert and (base != "bmm" or weight.dims[0] == 0)
-    _, left, right = operands(op, base)
+    right = operands(op, base)[2]
     free = weight.dims[-1] if right in views else weight.dims[-2]
     out = shape[free] if free is not None else 1
     inner = short[len(op.fqn) :].strip(".")

@@ -186,7 +186,7 @@ def unit_times(
     tp_forward = tp_backward = 0.0
     if sharding is not None and tp > 1:
         for item in sharding.collectives:
-            seconds = collective_s(item.collective, item.bytes.at(b), tp, 1, links)
+            seconds = collective_s(item.collective, item.bytes.at(b), tp, 1, links) * item.repeat
             if item.phase == "forward":
                 tp_forward += seconds
             else:
