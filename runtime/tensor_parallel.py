@@ -33,8 +33,9 @@ from ..errors import PlanFileError
 from ..planner.plan import ModuleStyle, TensorParallelSection
 from .full_tensors import part_of_rank, shard_dim
 from .interpose import find_names, interposed
-from .local_region import runs_locally, use_local_region
+from .local_region import runs_locally, use_local_region, use_local_regions
 from .packed import PackedOutput
+from .whole_operators import whole_operands_run_locally
 
 # Attribute of an activation: itself behind the sum of its gradients, or True if it is behind it already.
 _SUMMED = "_tpplan_summed"
@@ -63,6 +64,7 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         If a style does not fit its module, tp does not divide a sharded dimension, or tied modules disagree.
     """
     dims = _sharded_dims(model, section)
+    divided = {name.rpartition(".")[0] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in dims}
     done: dict[int, nn.Parameter] = {}
     for fqn, module in model.named_modules():
         style = section.styles.get(fqn, _REPLICATE)
@@ -79,6 +81,7 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
             module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
+    use_local_regions(model, divided, tp_mesh)
     find_names(model)
 
 
@@ -92,6 +95,7 @@ def step_context(section: TensorParallelSection) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(implicit_replication())
         stack.enter_context(interposed())
+        stack.enter_context(whole_operands_run_locally())
         if section.loss_parallel:
             stack.enter_context(loss_parallel())
         yield

@@ -170,9 +170,7 @@ class Difference:
     worst: str
 
 
-def compare(
-    plan: Plan, results: list[dict[str, Any]], loss: float, expected: Mapping[str, torch.Tensor]
-) -> Difference:
+def compare(plan: Plan, results: list[dict[str, Any]], loss: float, expected: Mapping[str, torch.Tensor]) -> Difference:
     """Loss, norm and every gradient of every rank against the single process's.
 
     The error of a gradient is ||g - g_ref|| / max(||g_ref||, 1e-3 x the largest gradient norm); one that only

@@ -1,0 +1,80 @@
+"""Operators that DTensor has no rule for, on operands that every tp rank holds whole: each rank runs the operator.
+
+DTensor refuses what it does not know (`as_strided_`, `nonzero`, a CTC loss, deformable sampling), even where
+nothing is split. There the answer is plain: the operator on the local tensors. On split operands it stays an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from ..errors import ModelError, PlanFileError
+from .compat import dtensor_dispatcher, tree_flatten, tree_map_only
+
+_METHOD = "_propagate_op_sharding_dispatch_slow_path"
+
+
+@contextmanager
+def whole_operands_run_locally() -> Iterator[None]:
+    """Inside, an operator without a rule runs on each rank, if all of its operands are replicated."""
+    dispatcher = dtensor_dispatcher()
+    propagate = getattr(dispatcher, _METHOD)
+
+    def with_fallback(operator: Any, args: Any, kwargs: Any, *rest: Any) -> Any:
+        try:
+            return propagate(operator, args, kwargs, *rest)
+        except (NotImplementedError, RuntimeError) as error:
+            return run_whole(operator, args, kwargs, error)
+
+    setattr(dispatcher, _METHOD, with_fallback)
+    try:
+        yield
+    finally:
+        delattr(dispatcher, _METHOD)
+
+
+def run_whole(operator: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
+    """`operator` on the local tensors of replicated operands; its floating-point results are replicated DTensors.
+
+    Raises
+    ------
+    ModelError
+        If an operand is split; `error` says why DTensor could not carry it.
+    """
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, DTensor)]
+    split = next((t for t in tensors if any(not p.is_replicate() for p in t.placements)), None)
+    cause = error
+    while cause is not None:  # an error of ours, from a hook or the user's own kind, is no gap of DTensor
+        if isinstance(cause, (ModelError, PlanFileError)):
+            raise error
+        cause = cause.__cause__
+    if split is not None:
+        raise ModelError(
+            f"{operator} cannot run on a tensor placed {split.placements[0]}: {_first_line(error)}.",
+            "Give the module in front of it the style replicate, or plan again without tensor parallelism: --fix tp=1.",
+        ) from error
+    mesh = tensors[0].device_mesh
+    output = operator(*tree_map_only(DTensor, _local, args), **tree_map_only(DTensor, _local, kwargs))
+    if str(operator).split(".")[1].endswith("_") and isinstance(args[0], DTensor):
+        return args[0]  # in place
+    return tree_map_only(torch.Tensor, lambda tensor: _wrap(tensor, mesh), output)
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    return tensor._local_tensor  # below autograd, where `to_local` would be one operator more
+
+
+def _wrap(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
