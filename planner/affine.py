@@ -67,7 +67,7 @@ def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> 
 def _line(batches: Sequence[int], values: Sequence[float]) -> Affine:
     slope = Fraction(values[1]) - Fraction(values[0])
     slope /= batches[1] - batches[0]
-    return Affine(_number(values[0] - slope * batches[0]), _number(slope))
+    return Affine(_number(Fraction(values[0]) - slope * batches[0]), _number(slope))
 
 
 def _parabola(batches: Sequence[int], values: Sequence[float]) -> Affine:
