@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import linecache
 import os
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LONGEST = 300
+_TORCH = os.path.join(sysconfig.get_path("purelib"), "torch", "")
 
 
 def blame(error: BaseException, folder: str | os.PathLike[str] | None = None) -> str:
@@ -46,6 +48,22 @@ def describe(error: BaseException) -> str:
     if len(text) > _LONGEST:
         text = text[: _LONGEST - 3] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def running_line(folder: str | os.PathLike[str] | None = None) -> str:
+    """``file.py, line N`` of the model's code that runs now: the innermost frame in `folder`, else outside torch and tpplan."""
+    inside = os.path.join(os.path.abspath(folder), "") if folder is not None else None
+    outside = ""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(("<", _TORCH)) and not _is_tpplan(name):
+            shown = f"{os.path.basename(name)}, line {frame.f_lineno}"
+            if inside is None or os.path.abspath(name).startswith(inside):
+                return shown
+            outside = outside or shown
+        frame = frame.f_back
+    return outside or "the model's code"
 
 
 def _guilty_frame(

@@ -72,6 +72,7 @@ class Affine(NamedTuple):
 
 
 NOTHING = Affine()
+LARGEST_OPAQUE = 0.2  # share of the FLOPs in opaque parts of a model that counts as captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,8 @@ class ModelGraph:
 
     `tied` groups parameter FQNs that are one tensor; the first name is the one of `named_parameters()`.
     `parameters` maps every distinct parameter and buffer FQN (absolute) to its description;
-    `unused` are trainable parameters that no operator reads. `opaque` lists (fqn, reason, flops share).
+    `unused` are trainable parameters that no operator reads. `opaque` lists (fqn, reason, flops share) of the
+    parts whose figures depend on data or have no formula; "/" and an FQN is what that module runs between units.
     `notes` are remarks for the user (what ran on real data, what was replayed).
     """
 
@@ -276,6 +278,11 @@ class ModelGraph:
     traced_batches: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the figures are the model's own: opaque parts have at most a fifth of its FLOPs."""
+        return sum(share for _, _, share in self.opaque) <= LARGEST_OPAQUE
 
     @property
     def parameter_count(self) -> int:

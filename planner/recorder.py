@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .fake_run import FakeRun
 from .graph import Ref
 from .kernels import OpInfo, op_info, price
-from .recording import RawCall, RawOp, RawStorage, RawTensor, Recording
+from .recording import RawCall, RawOp, Recording
+from .registry import Registry
+from .values import frozen
 
-_SKIPPED = ("prim::device", "prim::layout")
 _NO_NODE = 2**64 - 1  # the sequence number of AccumulateGrad
 
 
@@ -28,78 +29,34 @@ class Recorder(TorchDispatchMode):
     ----------
     model : nn.Module
         Its modules name the calls, its parameters and buffers are known by FQN.
+    empty : callable
+        ``empty(shape, stride, dtype)`` makes a tensor of the run's kind with nothing in it.
+
+    Attributes
+    ----------
+    fake : FakeRun or None
+        Runs the operators of a run on fake tensors.
+    on_call : callable
+        Called whenever a module call begins or ends.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, empty: Callable[..., torch.Tensor] = torch.empty_strided) -> None:
         super().__init__()
         self.model = model
         self.recording = Recording()
+        self.registry = Registry(self.recording, empty)
+        self.register, self.known = self.registry.register, self.registry.known
+        self.storage_of = self.recording.storage_of
+        self.fake: FakeRun | None = None
+        self.on_call: Callable[[], None] = _nothing
         self.paused = False
         self.in_backward = False
         self._infos: dict[Any, OpInfo] = {}
-        self._ids: dict[int, int] = {}
-        self._refs: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._storages: dict[int, int] = {}
-        self._on_storage: dict[int, dict[int, None]] = {}
         self._stack: list[int] = []
         self._by_sequence: dict[int, int] = {}
         self._packed: list[tuple[int, int]] = []
         self._numbers: dict[str, int] = {}
         self._fqns = {id(m): name for name, m in model.named_modules()}
-
-    # tensors and storages
-
-    def known(self, tensor: torch.Tensor) -> int:
-        """The id of `tensor`, registering a tensor never seen before as a constant."""
-        found = self._ids.get(id(tensor))
-        if found is None:
-            return self.register(tensor, "constant")
-        if tensor.requires_grad:  # autograd says so only after the operator that made the tensor is recorded
-            self.recording.tensors[found].requires_grad = True
-        return found
-
-    def register(self, tensor: torch.Tensor, kind: str, fqn: str = "") -> int:
-        """Give `tensor` a new id (again, if it was written in place)."""
-        rec = self.recording
-        cdata = tensor.untyped_storage()._cdata
-        storage = self._storages.get(cdata)
-        if storage is None:
-            storage = len(rec.storages)
-            rec.storages.append(RawStorage(tensor.untyped_storage().nbytes(), kind, rec.clock))
-            self._storages[cdata] = storage
-        new = RawTensor(
-            len(rec.tensors),
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            storage,
-            tensor.is_contiguous(),
-            tensor.requires_grad,
-            kind,
-            fqn,
-        )
-        rec.tensors.append(new)
-        key = id(tensor)
-        if key not in self._refs:
-            rec.storages[storage].live += 1
-            self._on_storage.setdefault(storage, {})[key] = None
-
-            def released(_: Any, key: int = key, storage: int = storage, cdata: int = cdata) -> None:
-                self._ids.pop(key, None)
-                self._refs.pop(key, None)
-                self._on_storage[storage].pop(key, None)
-                entry = rec.storages[storage]
-                entry.live -= 1
-                if entry.live == 0:
-                    entry.died = rec.clock
-                    self._storages.pop(cdata, None)
-
-            self._refs[key] = weakref.ref(tensor, released)
-        self._ids[key] = new.id
-        return new.id
-
-    def storage_of(self, tensor_id: int) -> RawStorage:
-        """The storage of a recorded tensor."""
-        return self.recording.storages[self.recording.tensors[tensor_id].storage]
 
     # operators
 
@@ -114,9 +71,17 @@ class Recorder(TorchDispatchMode):
         if self.paused or info.namespace == "prim":
             return func(*args, **kwargs)
         inputs = [self.known(t) for t in _tensors((args, kwargs))]
-        result = func(*args, **kwargs)
-        self.recording.clock += 1
-        outputs = self._outputs(info, args, inputs, result)
+        if self.fake is None:
+            result = func(*args, **kwargs)
+            self.recording.clock += 1
+            outputs = self._outputs(info, args, inputs, result)
+        else:
+            before = iter(inputs)
+            noted = func, info, frozen(args, before), frozen(kwargs, before), inputs
+            result = self.fake.run(func, info, args, kwargs, inputs)
+            self.recording.clock += 1
+            outputs = self._outputs(info, args, inputs, result)
+            self._note_values(noted, args, outputs, result)
         if self.in_backward:
             self._record_backward(info, args, kwargs, inputs, result)
         else:
@@ -133,7 +98,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(target, torch.Tensor):
                 outputs += self._rewritten(target, kind)
         for tensor in _tensors(result):
-            if id(tensor) in self._ids:  # its own argument, written or only handed through
+            if self.registry.id_of(tensor) is not None:  # its own argument, written or only handed through
                 continue
             new = self.register(tensor, kind)
             outputs.append(new)
@@ -144,15 +109,35 @@ class Recorder(TorchDispatchMode):
     def _rewritten(self, target: torch.Tensor, kind: str) -> list[int]:
         """New ids of `target` and of every live tensor on its storage: what is read later depends on the write."""
         before = self.known(target)
-        storage = self.recording.tensors[before].storage
         if self.storage_of(before).kind in ("parameter", "buffer"):
             return []
-        found = [self.register(target, kind)]
-        for key in tuple(self._on_storage[storage]):
-            alias = self._refs[key]()
-            if alias is not None and alias is not target:
-                found.append(self.register(alias, kind))
+        written = self.register(target, kind)
+        found = [written]
+        for alias in self.registry.aliases(target):
+            old = self.known(alias)
+            found.append(self.register(alias, kind))
+            if self.fake is not None:
+                self.fake.values.note_alias(alias, target, old, written, found[-1])
         return found
+
+    def _note_values(self, noted: tuple[Any, ...], args: tuple[Any, ...], outputs: list[int], result: Any) -> None:
+        """Tell `Values` how the outputs came about."""
+        assert self.fake is not None
+        values, info, made = self.fake.values, noted[1], {}
+        fresh = set(outputs)
+        for position in info.written:
+            target = args[position] if position < len(args) else None
+            if isinstance(target, torch.Tensor) and (number := self.known(target)) in fresh:
+                made[number] = -1 - position
+        for leaf, tensor in enumerate(_tensors(result)):
+            number = self.registry.id_of(tensor)
+            if number in fresh and number not in made:
+                made[number] = leaf
+                if not tensor.is_contiguous():
+                    values.note_layout(number, tensor)
+        if made:
+            where = self.fake.place()[1] if values.chance.decides(info, result) else ""
+            values.note(*noted, made, where)
 
     def _record_forward(
         self,
@@ -258,7 +243,7 @@ class Recorder(TorchDispatchMode):
         rec.produced |= {t for c in rec.calls if c.replay_of >= 0 for t in c.outputs if t not in c.inputs}
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                entry = self._storages.get(parameter.grad.untyped_storage()._cdata)
+                entry = self.registry.storage_number(parameter.grad)
                 if entry is not None:
                     rec.storages[entry].parameter_gradient = True
 
@@ -266,6 +251,7 @@ class Recorder(TorchDispatchMode):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any, replay_of: int = -1) -> int:
         """Open a module call."""
+        self.on_call()
         rec = self.recording
         fqn = self._fqns[id(module)]
         number = self._numbers[fqn] = self._numbers.get(fqn, -1) + 1
@@ -279,6 +265,7 @@ class Recorder(TorchDispatchMode):
 
     def leave(self, output: Any) -> None:
         """Close the innermost module call."""
+        self.on_call()
         call = self.recording.calls[self._stack.pop()]
         call.end = len(self.recording.ops)
         call.outputs = tuple(self.known(t) for t in _tensors(output))
@@ -319,6 +306,10 @@ class Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _nothing() -> None:
+    """What happens at a module call if nobody asked for more."""
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

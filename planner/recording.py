@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .graph import Kernel
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True)
@@ -55,7 +58,10 @@ class RawOp:
 
 @dataclass(slots=True)
 class RawCall:
-    """One module call: operators [start, end) ran inside it. `replay_of` is the call it repeats, or -1."""
+    """One module call: operators [start, end) ran inside it.
+
+    `replay_of` is the call that it repeats without running, `like` the call that it must turn out to be like, or -1.
+    """
 
     index: int
     fqn: str
@@ -67,6 +73,23 @@ class RawCall:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     replay_of: int = -1
+    like: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class DataRead:
+    """A place where the model's code looked at the values of tensors.
+
+    `fqn` is the innermost module that ran, `where` "file.py, line N", `what` the operator. `sizes` says whether
+    values became sizes of tensors (else they chose a branch), `drawn` whether they depend on weights or
+    activations, which were drawn at random (else on inputs, constants and chance alone).
+    """
+
+    fqn: str
+    where: str
+    what: str
+    sizes: bool
+    drawn: bool
 
 
 @dataclass(slots=True)
@@ -79,4 +102,24 @@ class Recording:
     calls: list[RawCall] = field(default_factory=list)
     produced: set[int] = field(default_factory=set)
     opaque: dict[str, str] = field(default_factory=dict)
+    reads: dict[DataRead, None] = field(default_factory=dict)
     clock: int = 0
+
+    def storage_of(self, tensor: int) -> RawStorage:
+        """The storage of a recorded tensor."""
+        return self.storages[self.tensors[tensor].storage]
+
+    def add_tensor(self, tensor: torch.Tensor, storage: int, kind: str, fqn: str) -> int:
+        """Note a tensor, and return its number."""
+        new = RawTensor(
+            len(self.tensors),
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            storage,
+            tensor.is_contiguous(),
+            tensor.requires_grad,
+            kind,
+            fqn,
+        )
+        self.tensors.append(new)
+        return new.id

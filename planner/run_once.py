@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, TargetError
 from .attention import stays_whole, whole_attention
-from .blame import blame, describe
+from .blame import blame, describe, running_line
+from .chance import Chance
 from .chain import ReplayInexact, Span, build_chain, expandable
+from .fake_run import FakeRun
 from .fold import Folded, fold
 from .graph import Parameter
 from .grouped import grouped_mm, takes
@@ -25,9 +28,10 @@ from .inputs import Inputs
 from .recorder import Recorder
 from .recording import Recording
 from .replay import Replayer
-from .stand_in import RealModel
+from .stand_in import FakeModel, RealModel
 from .target import Target
 from .user_module import user_code
+from .values import Values
 
 
 @dataclass(slots=True)
@@ -42,6 +46,10 @@ class Run:
     dropout: tuple[str, ...]
     data_decides: bool
     loss: str
+    chance: tuple[str, ...] = ()
+
+
+_LEAVES_TORCH = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 
 
 class _Steady(TorchFunctionMode):
@@ -63,8 +71,16 @@ class _Steady(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):
             return grouped_mm(*args, **kwargs)
+        if func in _LEAVES_TORCH and self.recorder.fake is not None:
+            return func(self.recorder.fake.read_whole(args[0], func.__name__), *args[1:], **kwargs)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_gpu(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if _is_gpu(kwargs.get("device")):
+            kwargs["device"] = "cpu"
         result = func(*args, **kwargs)
-        if func is torch.rand and result.dim() == 0:
+        if self.recorder.fake is None and func is torch.rand and result.dim() == 0:
             return torch.ones_like(result)
         return result
 
@@ -85,12 +101,32 @@ class _Steady(TorchFunctionMode):
         return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
 
 
+def _is_gpu(device: Any) -> bool:
+    """Whether an argument names a device that this machine may lack: the model is traced on the CPU."""
+    return isinstance(device, (str, torch.device)) and str(device).startswith(("cuda", "xpu", "mps"))
+
+
 @contextlib.contextmanager
 def same_draws() -> Iterator[None]:
     """The same random draws every time, the caller's random state untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@contextlib.contextmanager
+def _as_if_real() -> Iterator[None]:
+    """transformers treats fake tensors in ways of its own (it keeps masks that hide nothing); here they have values."""
+    module = sys.modules.get("transformers.utils.import_utils")
+    before = getattr(module, "is_fake_tensor", None)
+    if before is None:
+        yield
+        return
+    module.is_fake_tensor = lambda tensor: False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        module.is_fake_tensor = before  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -126,23 +162,39 @@ def _blaming(doing: str, target: Target) -> Iterator[None]:
 
 
 def run_once(
-    stand_in: RealModel, target: Target, batch: int, seq: int, parameters: Mapping[str, Parameter], full: bool
+    stand_in: RealModel,
+    target: Target,
+    batch: int,
+    seq: int,
+    parameters: Mapping[str, Parameter],
+    full: bool,
+    low: frozenset[str] = frozenset(),
 ) -> Run:
-    """Forward, loss and backward at one microbatch size."""
+    """Forward, loss and backward at one microbatch size; `low` are places whose single draws are small (`Chance`)."""
     model = stand_in.model
-    recorder = Recorder(model)
+    recorder, chance = Recorder(model, stand_in.empty), Chance(low)
+    recorder.on_call = chance.reset
     for name, tensor in model.named_parameters():
         recorder.storage_of(recorder.register(tensor, "parameter", name)).weight_like = True
     for name, tensor in model.named_buffers():
         recorder.register(tensor, "buffer", name)
-    replayer = Replayer(stand_in.repeated, recorder, stand_in.empty)
+    opened = expandable(model, stand_in.repeated)
+    replayer = Replayer(stand_in.repeated, opened, recorder, stand_in.empty)
     steady = _Steady(recorder)
     with same_draws():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
+        if isinstance(stand_in, FakeModel):
+            recorder.fake = _fake_run(stand_in, recorder, batch, chance, target)
         doing = f"{target.name} failed while being traced"
         try:
-            with _quiet_torch(), user_code(doing, target._source.folder), _blaming(doing, target):
+            with (
+                _quiet_torch(),
+                _as_if_real(),
+                chance.active(),
+                user_code(doing, target._source.folder),
+                _blaming(doing, target),
+            ):
                 loss = _forward_backward(recorder, replayer, steady, target, inputs, full)
         except ModelError as error:
             if replayer.replayed:  # perhaps it misses what a replayed layer did not do
@@ -150,8 +202,9 @@ def run_once(
             raise
     for parameter in model.parameters():
         parameter.grad = None
-    spans = build_chain(recorder.recording, expandable(model, stand_in.repeated))
-    folded = fold(recorder.recording, spans, parameters, stand_in.data_decides)
+    spans = build_chain(recorder.recording, opened)
+    data_decides = stand_in.data_decides or any(read.sizes for read in recorder.recording.reads)
+    folded = fold(recorder.recording, spans, parameters, data_decides)
     return Run(
         recording=recorder.recording,
         spans=spans,
@@ -159,9 +212,28 @@ def run_once(
         inputs=named,
         replayed=replayer.replayed,
         dropout=tuple(steady.dropout),
-        data_decides=stand_in.data_decides,
+        data_decides=data_decides,
         loss=loss,
+        chance=tuple(chance.places),
     )
+
+
+def _fake_run(stand_in: FakeModel, recorder: Recorder, batch: int, chance: Chance, target: Target) -> FakeRun:
+    """What runs operators on fake tensors, told the values that are known."""
+    values = Values(recorder.recording, batch, chance)
+    for fake, real in stand_in.values:
+        number = recorder.registry.id_of(fake)
+        if number is not None:
+            values.tell(number, real)
+    stand_in.values = [
+        pair for pair in stand_in.values if recorder.recording.tensors[recorder.known(pair[0])].kind == "buffer"
+    ]
+
+    def place() -> tuple[str, str]:
+        call = recorder.current_call
+        return recorder.recording.calls[call].fqn if call >= 0 else "", running_line(target.folder)
+
+    return FakeRun(stand_in.mode, recorder.registry, values, place)
 
 
 def _forward_backward(

@@ -51,15 +51,21 @@ class RealModel:
 
 
 class FakeModel(RealModel):
-    """The model with parameters, meta buffers and inputs replaced by fake tensors on the CPU.
+    """The model with parameters, buffers and inputs replaced by fake tensors on the CPU.
 
     The CPU and not the meta device, because attention falls apart into products and a softmax there.
+
+    Attributes
+    ----------
+    values : list
+        (fake, real) pairs of what has values: real buffers, and the inputs of the latest run.
     """
 
     data_decides = False
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.values: list[tuple[torch.Tensor, torch.Tensor]] = []
         super().__init__(model, precision)
 
     def convert(self) -> None:
@@ -72,9 +78,10 @@ class FakeModel(RealModel):
                         made[id(parameter)] = self._parameter(parameter)
                     module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
+                if buffer is not None:
                     if id(buffer) not in made:
                         made[id(buffer)] = self.empty(buffer.shape, buffer.stride(), buffer.dtype)
+                        self.values.append((made[id(buffer)], buffer))
                     module._buffers[name] = made[id(buffer)]
 
     def _parameter(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -90,7 +97,9 @@ class FakeModel(RealModel):
 
     def input(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake stand-in for a real input."""
-        return self.empty(tensor.shape, tensor.stride(), self.cast(tensor.dtype))
+        fake = self.empty(tensor.shape, tensor.stride(), self.cast(tensor.dtype))
+        self.values.append((fake, super().input(tensor)))
+        return fake
 
 
 def describe_parameters(model: nn.Module) -> dict[str, Parameter]:

@@ -7,24 +7,20 @@ are traced: two give every figure as a function of the size, the third proves it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ModelError
 from .affine import NotAffine, NotLinear, fit, merge
 from .chain import ReplayInexact, output_leaf, sources
+from .fake_run import NEEDS_DATA
 from .fold import Folded, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
-from .recording import Recording
+from .opaque import opaque_parts, read_notes
 from .run_once import Run, run_once, same_draws
 from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
 from .target import Target
@@ -32,7 +28,6 @@ from .target import Target
 BATCHES = (2, 3, 5)
 FOURTH = 7  # traced too where a figure is quadratic
 LARGEST_REAL = 500_000_000  # parameters of a model that may be traced on real tensors
-_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 def _units(run: Run) -> tuple[Unit, ...]:
@@ -100,7 +95,7 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
         runs = _runs(stand_in, target, sequence_length, parameters, full, notes)
     except ModelError as error:
         cause = error.__cause__
-        if not isinstance(cause, _NEEDS_DATA) or sum(p.numel for p in parameters.values()) > LARGEST_REAL:
+        if not isinstance(cause, NEEDS_DATA) or sum(p.numel for p in parameters.values()) > LARGEST_REAL:
             raise
         notes.append(f"traced with real data, the figures hold for its routing: {type(cause).__name__}: {cause}")
         with same_draws():
@@ -176,7 +171,13 @@ def _assemble(
     )
     shared = zip(units, shared_saved(graph), strict=True)
     units = tuple(replace(unit, shared_saved=kept) for unit, kept in shared)
-    return replace(graph, units=units, opaque=_opaque(graph, first.recording, inexact or ()))
+    rec = first.recording
+    return replace(
+        graph,
+        units=units,
+        opaque=opaque_parts(graph, rec, inexact or ()),
+        notes=(*graph.notes, *read_notes(graph, tuple(rec.reads))),
+    )
 
 
 def _model_inputs(batches: Sequence[int], runs: Sequence[Run]) -> tuple[ModelInput, ...]:
@@ -192,23 +193,3 @@ def _model_inputs(batches: Sequence[int], runs: Sequence[Run]) -> tuple[ModelInp
             ) from None
         found.append(ModelInput(name, shape, tensors[0].dtype))
     return tuple(found)
-
-
-def _opaque(
-    graph: ModelGraph, rec: Recording, inexact: Collection[tuple[int, str]]
-) -> tuple[tuple[str, str, float], ...]:
-    """(FQN, reason, share of the model's forward FLOPs) of modules whose operators have no exact figures."""
-    reasons = dict(rec.opaque)
-    for unit in graph.units:
-        for fqn in sorted(name for index, name in inexact if index == unit.class_index):
-            reasons.setdefault(absolute(fqn, unit.fqn), "its sizes depend on data; figures are those of random inputs")
-    outermost = {f: r for f, r in reasons.items() if not any(f.startswith(o + ".") for o in reasons if o)}
-    total = graph.flops_forward.at(1)
-    inside = dict.fromkeys(outermost, 0.0)
-    for unit in graph.units:
-        for op in graph.classes[unit.class_index].ops:
-            name = absolute(op.fqn, unit.fqn)
-            for fqn in outermost:
-                if name == fqn or name.startswith(fqn + "."):
-                    inside[fqn] += op.forward_flops.at(1)
-    return tuple((fqn, reason, inside[fqn] / total if total else 0.0) for fqn, reason in outermost.items())

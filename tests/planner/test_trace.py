@@ -254,7 +254,7 @@ def example_inputs(batch, seq):
         model(tmp_path, text)
 
 
-def test_data_dependent_model_runs_on_real_tensors(tmp_path):
+def test_a_branch_that_data_chooses_is_traced_and_noted(tmp_path):
     text = """
 class Net(nn.Module):
     def __init__(self):
@@ -271,7 +271,9 @@ def example_inputs(batch, seq):
     return torch.randn(batch, 8)
 """
     graph = model(tmp_path, text)
-    assert graph.notes[0].startswith("traced with real data")
+    (note,) = graph.notes
+    assert note.startswith("own.py, line 9 (Net): a number computed from data steers the code")
+    assert graph.captured
     assert graph.flops_forward.at(3) == 2 * 3 * 8 * 8
 
 
@@ -360,6 +362,8 @@ def example_inputs(batch, seq):
     graph = model(tmp_path, text).verify()
     assert [fqn for fqn, _, _ in graph.opaque] == ["blocks.0", "blocks.1", "blocks.2"]
     assert sum(share for _, _, share in graph.opaque) == pytest.approx(1)
+    assert not graph.captured
+    assert graph.opaque[0][1].startswith("own.py, line 13: nonzero makes sizes of data")
     tokens = 4 * 8
     assert graph.flops_forward.at(4) == pytest.approx(3 * 2 * tokens * (8 * 8 + 8 * 4), rel=0.15)
     assert graph.hash == model(tmp_path, text).hash
