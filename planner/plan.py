@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from ..errors import PlanFileError
 
@@ -178,6 +178,11 @@ class ModuleStyle(_Section):
     parameters: dict[str, int] = Field(default_factory=dict)
     packed: dict[str, list[int]] = Field(default_factory=dict)
     shared: list[str] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written = write(self)
+        return {key: value for key, value in written.items() if value or key in ("style", "sizes", "output")}
 
 
 class TensorParallelSection(_Section):

@@ -27,7 +27,7 @@ from ..planner.plan import Plan
 from ..planner.sources import Source
 from ..planner.target import Target, load_target
 from .data import Samples
-from .data_parallel import GradientSync
+from .data_parallel import GradientSync, sum_scalar_gradients
 from .gradients import clip, squared_norm
 from .mesh import RankMesh, build_mesh
 from .part import Shell
@@ -125,6 +125,7 @@ class Parallel:
         self.stage.part.load(on_device, num_items, scale)
         with step_context(self.plan.tensor_parallel) if self.mesh.degree("tp") > 1 else nullcontext():
             losses = self._run_microbatches(len(microbatches))
+        sum_scalar_gradients(self.stage.part, self.mesh)
         self.stage.shared.sum_gradients()
         self._loss = torch.stack([loss.detach().double().sum() for loss in losses]).sum() if losses else None
         self.stage.part.load((), None, 1.0)

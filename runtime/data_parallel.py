@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ..planner.plan import Plan
 from .mesh import RankMesh
@@ -29,6 +31,24 @@ def wrappable_units(model: nn.Module, units: Iterable[str]) -> list[str]:
     shared = {owner for group in owners.values() if len(group) > 1 for owner in group}
     owning = {owner for group in owners.values() for owner in group}
     return [unit for unit in names if unit in owning and unit not in shared]
+
+
+def scalar_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of `module` without dimensions (a logit scale), which FSDP2 does not take."""
+    return {parameter for parameter in module.parameters() if parameter.ndim == 0}
+
+
+def sum_scalar_gradients(module: nn.Module, mesh: RankMesh) -> None:
+    """Sum the gradients of the scalar parameters over the replicas, as FSDP does for all others."""
+    if mesh.replicas == 1:
+        return
+    for _, parameter in sorted(module.named_parameters(), key=lambda item: item[0]):
+        if parameter.ndim == 0 and parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            for axis in ("dp_replicate", "dp_shard"):
+                dist.all_reduce(gradient, group=mesh.whole[axis].get_group())
 
 
 def shard_parameters(
@@ -56,11 +76,16 @@ def shard_parameters(
             mesh=dp,
             reshard_after_forward=plan.sharding.reshard_after_forward,
             mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=True),
+            ignored_params=scalar_parameters(module),
         )
     materialise(model, "")
     # What the root owns (tied embeddings, loose parameters) stays gathered; received tensors are not cast.
     fully_shard(
-        root, mesh=dp, reshard_after_forward=False, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+        root,
+        mesh=dp,
+        reshard_after_forward=False,
+        mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False),
+        ignored_params=scalar_parameters(root),
     )
     for module in root.modules():
         if isinstance(module, FSDPModule):

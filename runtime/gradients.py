@@ -44,6 +44,9 @@ class SharedParameters:
             if len(stages) > 1:
                 self._shared.append((parameter, groups[stages]))
                 self.copies[id(parameter)] = len(stages)
+        for parameter in mine.values():
+            if parameter.ndim == 0:  # FSDP leaves scalars whole on every replica
+                self.copies[id(parameter)] = self.copies.get(id(parameter), 1) * mesh.replicas
 
     def sum_gradients(self) -> None:
         """Replace each gradient by its sum over the stages that hold the parameter."""
@@ -63,7 +66,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], copies: Mapping[int, int]) 
     Parameters
     ----------
     copies : mapping
-        id of a parameter to the number of stages that hold it, where that is more than one.
+        id of a parameter to how many stages (of a scalar: and replicas) hold it, where that is more than one.
     """
     by_weight: dict[int, list[torch.Tensor]] = defaultdict(list)
     for parameter in parameters:
