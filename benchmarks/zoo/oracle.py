@@ -101,7 +101,7 @@ class _Formulas(TorchFunctionMode):
 
     def _recurrent(self, name: str, x: Any, state: Any, weights: Any, *rest: Any) -> Any:
         """Each weight matrix meets every time step; gradients of inputs and of weights are as many products each."""
-        _, layers, _, _, both, batch_first = rest[:6]
+        both = rest[4]
         steps = x.shape[0] * x.shape[1]
         flops = 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
         states = state if isinstance(state, (tuple, list)) else [state]
