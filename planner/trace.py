@@ -7,7 +7,7 @@ are traced: two give every figure as a function of the size, the third proves it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -17,7 +17,7 @@ from ..errors import ModelError
 from .affine import NotAffine, NotLinear, fit, merge
 from .chain import ReplayInexact, output_leaf, sources
 from .fake_run import NEEDS_DATA
-from .fold import Folded, relative
+from .fold import relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
 from .opaque import opaque_parts, read_notes
@@ -58,14 +58,6 @@ def _units(run: Run) -> tuple[Unit, ...]:
             )
         )
     return tuple(units)
-
-
-def _used_parameters(graph_units: Sequence[Unit], folded: Folded) -> set[str]:
-    used = set()
-    for unit in graph_units:
-        for p in folded.classes[unit.class_index].parameters:
-            used.add(absolute(p.fqn, unit.fqn))
-    return used
 
 
 def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full: bool = False) -> ModelGraph:
@@ -119,11 +111,51 @@ def _runs(
     notes: list[str],
 ) -> list[Run]:
     """One run a microbatch size; without replay if replay turns out to be inexact."""
+
+    def runs(full: bool) -> list[Run]:
+        def once(batch: int, low: frozenset[str]) -> Run:
+            return run_once(stand_in, target, batch, sequence_length, parameters, full, low)
+
+        first, low = _with_all_layers(lambda low: once(BATCHES[0], low), parameters)
+        return [first, *(once(b, low) for b in BATCHES[1:])]
+
     try:
-        return [run_once(stand_in, target, b, sequence_length, parameters, full) for b in BATCHES]
+        found = runs(full)
     except ReplayInexact as error:
         notes.append(f"every repeated layer was traced: {error}")
-        return [run_once(stand_in, target, b, sequence_length, parameters, True) for b in BATCHES]
+        found = runs(True)
+    if found[0].chance:
+        notes.append("layer-drop and stochastic depth drop nothing while tracing")
+    return found
+
+
+def _with_all_layers(
+    once: Callable[[frozenset[str]], Run], parameters: Mapping[str, Parameter]
+) -> tuple[Run, frozenset[str]]:
+    """A run whose draws drop no layer, and the places whose draws must be small for that (`Chance`).
+
+    Large draws keep the layers of most models. Where parameters stay unused, each place that draws is tried with
+    small ones, and stays so if that uses more.
+    """
+    low: frozenset[str] = frozenset()
+    run = once(low)
+    left, tried = len(_unused(run, parameters)), set()
+    while left and (places := [place for place in run.chance if place not in tried]):
+        place = places[0]
+        tried.add(place)
+        other = once(low | {place})
+        if len(_unused(other, parameters)) < left:
+            run, low = other, low | {place}
+            left = len(_unused(run, parameters))
+    return run, low
+
+
+def _unused(run: Run, parameters: Mapping[str, Parameter]) -> tuple[str, ...]:
+    """Trainable parameters that no operator reads."""
+    used = set()
+    for span, index in zip(run.spans, run.folded.class_of, strict=True):
+        used.update(absolute(p.fqn, span.call.fqn) for p in run.folded.classes[index].parameters)
+    return tuple(f for f, p in parameters.items() if p.requires_grad and not p.is_buffer and f not in used)
 
 
 def _assemble(
@@ -146,8 +178,7 @@ def _assemble(
     owners = [next(u.fqn for u in units if u.class_index == i) for i in range(len(first.folded.classes))]
     inexact: set[tuple[int, str]] | None = set() if first.data_decides else None
     classes = merge(batches, [run.folded for run in runs], owners, inexact)
-    used = _used_parameters(units, first.folded)
-    unused = tuple(f for f, p in parameters.items() if p.requires_grad and not p.is_buffer and f not in used)
+    unused = _unused(first, parameters)
     if first.replayed:
         notes.append(f"{first.replayed} repeated layers have the figures of an equal layer that was traced")
     if first.dropout:

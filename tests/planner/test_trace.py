@@ -272,7 +272,7 @@ def example_inputs(batch, seq):
 """
     graph = model(tmp_path, text)
     (note,) = graph.notes
-    assert note.startswith("own.py, line 9 (Net): a number computed from data steers the code")
+    assert note.startswith("own.py, line 10 (Net): a number computed from data steers the code")
     assert graph.captured
     assert graph.flops_forward.at(3) == 2 * 3 * 8 * 8
 
@@ -363,7 +363,7 @@ def example_inputs(batch, seq):
     assert [fqn for fqn, _, _ in graph.opaque] == ["blocks.0", "blocks.1", "blocks.2"]
     assert sum(share for _, _, share in graph.opaque) == pytest.approx(1)
     assert not graph.captured
-    assert graph.opaque[0][1].startswith("own.py, line 13: nonzero makes sizes of data")
+    assert graph.opaque[0][1].startswith("own.py, line 14: nonzero makes sizes of data")
     tokens = 4 * 8
     assert graph.flops_forward.at(4) == pytest.approx(3 * 2 * tokens * (8 * 8 + 8 * 4), rel=0.15)
     assert graph.hash == model(tmp_path, text).hash
