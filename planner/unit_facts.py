@@ -60,7 +60,7 @@ def unit_facts(graph: ModelGraph) -> tuple[UnitFacts, ...]:
         elsewhere = kept_elsewhere(graph, unit.position, first_user_of_replicated)
         glue = any(op.fqn.startswith("/") for op in cls.ops)
         works = any(op.forward.kind in ("gemm", "conv", "attention") for op in cls.ops)
-        single = all(users[n] == 1 and n not in shared_by_ties for n in parameters + shared)
+        single = all(users.get(n, 1) == 1 and n not in shared_by_ties for n in parameters + shared)
         facts.append(
             UnitFacts(
                 parameter_names=tuple(parameters),
