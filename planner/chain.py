@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .recording import RawCall, RawOp, Recording
+from .signature import LISTS
+
+LARGEST_SHARE = 4  # a unit with more than 1/4 of the FLOPs leaves no choice of pipeline stages
 
 
 @dataclass(slots=True)
@@ -22,6 +25,7 @@ class Span:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     template: int = -1
+    renamed: dict[int, int] = field(default_factory=dict)
     replicated: bool = False
     cut_after: bool = False
     wire: tuple[tuple[int, int], ...] = ()
@@ -31,33 +35,95 @@ class ReplayInexact(Exception):
     """A replayed layer is not like the one that stands for it; the caller traces all layers."""
 
 
-def expandable(model: nn.Module, repeated: Mapping[str, Sequence[Sequence[nn.Module]]]) -> set[str]:
-    """FQNs of modules that are looked into: lists, and whatever holds a list of repeated blocks."""
-    members = {id(m) for groups in repeated.values() for group in groups for m in group}
-    opened = {""}
-    for fqn in repeated:
-        parts = fqn.split(".")
-        opened.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+class Borders:
+    """Which modules are looked into, so that the calls inside them are units.
 
-    def walk(module: nn.Module, fqn: str) -> None:
+    Lists, and whatever holds a list of repeated blocks; and, after the first run (which shows the FLOPs), every
+    module that holds more than a quarter of the model's and spends most of them in composite modules of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+    repeated : mapping
+        What `repeated_lists` found.
+
+    Attributes
+    ----------
+    opened : set of str
+        FQNs of the modules that are looked into.
+    """
+
+    def __init__(self, model: nn.Module, repeated: Mapping[str, Sequence[Sequence[nn.Module]]]) -> None:
+        self.opened = {""}
+        self._blocks: set[str] = set()
+        self._settled = False
+        members = {id(m) for groups in repeated.values() for group in groups for m in group}
+        for fqn in repeated:
+            parts = fqn.split(".")
+            self.opened.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+        self._open_lists(model, "", members)
+
+    def _open_lists(self, module: nn.Module, fqn: str, members: set[int]) -> None:
         for name, child in module.named_children():
             path = f"{fqn}.{name}" if fqn else name
+            if id(child) in members or isinstance(module, LISTS):
+                self._blocks.add(path)
             if id(child) in members:
                 continue
-            if isinstance(child, (nn.Sequential, nn.ModuleList)):
-                opened.add(path)
-            if path in opened:
-                walk(child, path)
+            if isinstance(child, LISTS):
+                self.opened.add(path)
+            if path in self.opened:
+                self._open_lists(child, path, members)
 
-    walk(model, "")
-    return opened
+    def settle(self, rec: Recording) -> None:
+        """Open what is too large, by the FLOPs of a first run; later runs change nothing."""
+        if self._settled:
+            return
+        self._settled = True
+        flops, children = _inclusive_flops(rec), _children(rec)
+        total = sum(flops[c] for c in children.get(-1, []))
+        large = True
+        while large:
+            large = {
+                rec.calls[u].fqn
+                for u in _unit_calls(rec, self.opened)
+                if flops[u] * LARGEST_SHARE > total
+                and rec.calls[u].fqn not in self._blocks
+                and 2 * sum(flops[c] for c in children.get(u, []) if c in children) > flops[u]
+            }
+            self.opened |= large
+
+
+def _inclusive_flops(rec: Recording) -> list[float]:
+    """Forward FLOPs of each call with all that runs inside it; a replayed call has those of its template."""
+    flops = [0.0] * len(rec.calls)
+    for op in rec.ops:
+        if op.call >= 0:
+            flops[op.call] += op.kernel.flops.base
+    for call in reversed(rec.calls):
+        if call.replay_of < 0 and call.parent >= 0:
+            flops[call.parent] += flops[call.index]
+    for call in rec.calls:
+        if call.replay_of >= 0:
+            flops[call.index] = flops[call.replay_of]
+            parent = call.parent
+            while parent >= 0:
+                flops[parent] += flops[call.index]
+                parent = rec.calls[parent].parent
+    return flops
+
+
+def _children(rec: Recording) -> dict[int, list[int]]:
+    """Calls made directly by each call, -1 for the model's caller."""
+    children: dict[int, list[int]] = {}
+    for call in rec.calls:
+        children.setdefault(call.parent, []).append(call.index)
+    return children
 
 
 def _unit_calls(rec: Recording, opened: set[str]) -> list[int]:
     """Indices of the calls that are units, in order of execution."""
-    children: dict[int, list[int]] = {}
-    for call in rec.calls:
-        children.setdefault(call.parent, []).append(call.index)
+    children = _children(rec)
 
     def collect(index: int) -> list[int]:
         if rec.calls[index].fqn not in opened:
@@ -77,21 +143,29 @@ def _inside(rec: Recording, units: Sequence[int]) -> list[int]:
     return owner
 
 
-def build_chain(rec: Recording, opened: set[str]) -> list[Span]:
-    """Cut a recording into units.
+def build_chain(rec: Recording, opened: set[str], looped: frozenset[str] = frozenset()) -> list[Span]:
+    """Cut a recording into units; those `looped`, called once a time step, are one unit with all between them.
 
     Operators run directly by a module that is looked into (glue) belong to the unit that follows them, those
     after the last unit to the last. A call without operators joins the next unit.
     """
     units = _unit_calls(rec, opened)
+    joined = [u for u in units if rec.calls[u].fqn in looped]
+    units = [u for u in units if not joined or not joined[0] < u <= joined[-1]]
     owner = _inside(rec, units)
     spans: list[Span] = []
     start, waiting = 0, []
     for index in units:
         call = rec.calls[index]
         nested = [c for c, o in enumerate(owner) if o == index] if call.replay_of < 0 else [index]
-        ops = [op for op in rec.ops[start : call.end] if not op.dead]
-        start = call.end
+        end = call.end
+        if joined and index == joined[0]:  # to where the next unit begins: the last step's result is put together
+            later = [u for u in units if u > index]
+            end = rec.calls[later[0]].start if later else len(rec.ops)
+            inside = range(index, later[0] if later else len(rec.calls))
+            nested = [c for c in inside if rec.calls[c].fqn not in opened]
+        ops = [op for op in rec.ops[start:end] if not op.dead]
+        start = end
         waiting += nested
         if not ops and call.replay_of < 0:
             continue
@@ -112,6 +186,14 @@ def _connect(rec: Recording, spans: list[Span]) -> None:
     """Fill the tensors that enter and leave each unit."""
     by_call = {span.call.index: span for span in spans}
     for span in spans:
+        if span.call.replay_of >= 0:
+            template = by_call.get(span.call.replay_of)
+            if template is None:
+                raise ReplayInexact(f"{span.call.fqn} repeats a call that is no unit")
+            span.template = template.position
+            span.renamed = _renamed(rec, template, span)
+            span.inputs = [span.renamed.get(t, t) for t in template.inputs]
+            continue
         made: set[int] = set()
         entering: dict[int, None] = {}
         for op in span.ops:
@@ -121,13 +203,6 @@ def _connect(rec: Recording, spans: list[Span]) -> None:
                     entering[t] = None
             made |= own
         span.inputs = [t for t in entering if t in rec.produced or rec.tensors[t].kind == "input"]
-        if span.call.replay_of >= 0:
-            template = by_call.get(span.call.replay_of)
-            if template is None or span.ops:
-                raise ReplayInexact(f"{span.call.fqn}: operators run in its parent between repeated layers")
-            span.template = template.position
-            renamed = dict(zip(template.call.inputs, span.call.inputs, strict=True))
-            span.inputs = [renamed.get(t, t) for t in template.inputs]
     consumed = {t for span in spans for t in span.inputs}
     for span in spans:
         results = [t for op in span.ops for t in op.outputs]
@@ -138,13 +213,25 @@ def _connect(rec: Recording, spans: list[Span]) -> None:
             _replayed_outputs(spans[span.template], span, consumed)
 
 
+def _renamed(rec: Recording, template: Span, span: Span) -> dict[int, int]:
+    """Tensor of the template -> what takes its place in the replayed unit: arguments, results, and all of glue."""
+    glue = [op for op in template.ops if op.index in template.glue]
+    if [op.name for op in glue] != [op.name for op in span.ops]:
+        raise ReplayInexact(f"{span.call.fqn}: its parent runs other operators before it than before the others")
+    found: dict[int, int] = {}
+    for one, other in zip(glue, span.ops, strict=True):
+        found.update(zip((*one.inputs, *one.outputs), (*other.inputs, *other.outputs), strict=True))
+    found.update(zip(template.call.inputs, span.call.inputs, strict=True))
+    found.update(zip(template.call.outputs, span.call.outputs, strict=True))
+    return found
+
+
 def _replayed_outputs(template: Span, span: Span, consumed: set[int]) -> None:
-    place = {t: i for i, t in enumerate(template.call.outputs)}
-    if any(t not in place for t in template.outputs):
+    if any(t not in span.renamed for t in template.outputs):
         raise ReplayInexact(f"{template.call.fqn}: a tensor that the module does not return is used outside it")
-    span.outputs = [span.call.outputs[place[t]] for t in template.outputs]
-    own = set(span.call.outputs) - set(span.call.inputs)
-    if {t for t in own if t in consumed} != set(span.outputs):
+    span.outputs = [span.renamed[t] for t in template.outputs]
+    own = set(span.call.outputs) | {t for op in span.ops for t in op.outputs}
+    if {t for t in own - set(span.inputs) if t in consumed} != set(span.outputs):
         raise ReplayInexact(f"{span.call.fqn}: other outputs are used than those of {template.call.fqn}")
 
 
@@ -156,10 +243,8 @@ def _mark_replicated(rec: Recording, spans: list[Span]) -> set[int]:
     everywhere = {t.id for t in rec.tensors if t.kind == "input"}
     everywhere |= {t.id for t in rec.tensors if t.kind == "constant" and t.id not in rec.produced}
     for span in spans:
-        if span.template >= 0:
-            continue
         local = set(everywhere)
-        plain = True
+        plain = span.template < 0
         for op in span.ops:
             kinds = [rec.tensors[t].kind for t in op.inputs]
             cheap = all(t in local or k == "buffer" for t, k in zip(op.inputs, kinds, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from .chain import ReplayInexact, Span
 from .graph import Affine, Op, Parameter, Ref, Tensor, UnitClass
 from .liveness import backward_curve, forward_curve
 from .recording import RawOp, Recording
+from .signature import rate
 
 
 @dataclass(slots=True)
@@ -174,7 +175,7 @@ def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter],
         saved = _saved_storages(rec, span)
         kept = set(saved) | {rec.tensors[t].storage for t in span.outputs}
         forward, backward = forward_curve(rec, span.ops, kept), backward_curve(rec, span.ops, set(saved))
-        key = _skeleton(found) if by_structure else found
+        key = _skeleton(found) if by_structure else replace(found, ops=tuple(_without_rates(op) for op in found.ops))
         index = known.get(key)
         if index is None:
             index = known[key] = len(folded.classes)
@@ -189,18 +190,34 @@ def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter],
     return folded
 
 
+def align(runs: Sequence[Folded]) -> None:
+    """Give the runs the same classes: units are equal only if they are at every microbatch size.
+
+    Layers that differ at two sizes (a dimension that is 2 in each) may look equal at one.
+    """
+    keys = list(zip(*(run.class_of for run in runs), strict=True))
+    distinct = list(dict.fromkeys(keys))
+    for which, run in enumerate(runs):
+        old = [key[which] for key in distinct]
+        run.classes = [replace(run.classes[i], index=new) for new, i in enumerate(old)]
+        run.forward_curves = [run.forward_curves[i] for i in old]
+        run.backward_curves = [run.backward_curves[i] for i in old]
+        run.class_of = [distinct.index(key) for key in keys]
+
+
 def _check_templates(spans: list[Span], folded: Folded) -> None:
-    """The layer after each run of replayed ones must be like the layer that stands for them.
+    """The last of each run of equal layers must be like the layer that stands for the replayed ones.
 
     But for one thing: where gradients of several layers add up, the layer that is first in backward adds none.
     """
+    by_call = {span.call.index: span for span in spans}
+    stand_ins = {span.template for span in spans}
     for span in spans:
-        if span.template < 0 and span.position and spans[span.position - 1].template >= 0:
-            before = spans[span.position - 1]
-            same_list = before.call.fqn.rpartition(".")[0] == span.call.fqn.rpartition(".")[0]
-            ours, theirs = (folded.classes[folded.class_of[i]] for i in (span.position, before.template))
-            if same_list and not _alike(ours, theirs, span is spans[-1]):
-                raise ReplayInexact(f"{span.call.fqn} differs from {spans[before.template].call.fqn}")
+        template = by_call.get(span.call.like)
+        if template is not None and template.position in stand_ins and span.template < 0:
+            ours, theirs = (folded.classes[folded.class_of[s.position]] for s in (span, template))
+            if not _alike(ours, theirs, span is spans[-1]):
+                raise ReplayInexact(f"{span.call.fqn} differs from {template.call.fqn}")
 
 
 def _alike(cls: UnitClass, template: UnitClass, is_last: bool) -> bool:
@@ -209,8 +226,20 @@ def _alike(cls: UnitClass, template: UnitClass, is_last: bool) -> bool:
     return a.ops[: len(b.ops)] == b.ops if is_last else a == b
 
 
+def _without_rates(op: Op) -> Op:
+    """The operator without its scale factors and dropout rates, which change no figure."""
+    return replace(op, args=_rates(op.args))
+
+
+def _rates(value: Any) -> Any:
+    if isinstance(value, tuple) and not isinstance(value, (Affine, Ref)):
+        return tuple(_rates(v) for v in value)
+    return rate(value) if isinstance(value, float) else value
+
+
 def _without_sums(cls: UnitClass) -> UnitClass:
     ops = tuple(
         replace(op, backward=tuple(k for k in op.backward if not k.name.startswith("aten.add"))) for op in cls.ops
     )
+    ops = tuple(_without_rates(op) for op in ops)
     return replace(cls, index=0, ops=ops)

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import ModelError, TargetError
 from .attention import stays_whole, whole_attention
 from .blame import blame, describe, running_line
+from .chain import ReplayInexact, Span, build_chain
 from .chance import Chance
-from .chain import ReplayInexact, Span, build_chain, expandable
 from .fake_run import FakeRun
 from .fold import Folded, fold
 from .graph import Parameter
@@ -178,8 +178,7 @@ def run_once(
         recorder.storage_of(recorder.register(tensor, "parameter", name)).weight_like = True
     for name, tensor in model.named_buffers():
         recorder.register(tensor, "buffer", name)
-    opened = expandable(model, stand_in.repeated)
-    replayer = Replayer(stand_in.repeated, opened, recorder, stand_in.empty)
+    replayer = Replayer(stand_in.repeated, stand_in.borders.opened, recorder, stand_in.empty)
     steady = _Steady(recorder)
     with same_draws():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
@@ -202,7 +201,8 @@ def run_once(
             raise
     for parameter in model.parameters():
         parameter.grad = None
-    spans = build_chain(recorder.recording, opened)
+    stand_in.borders.settle(recorder.recording)
+    spans = build_chain(recorder.recording, stand_in.borders.opened)
     data_decides = stand_in.data_decides or any(read.sizes for read in recorder.recording.reads)
     folded = fold(recorder.recording, spans, parameters, data_decides)
     return Run(

@@ -1,65 +1,88 @@
-"""Which modules of a list are structurally equal, so that one can stand for the others."""
+"""Which modules are structurally equal, and which lists of a model hold its repeated blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-_SIMPLE = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size)
+LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+FEWEST_ATTRIBUTES = 4  # an attention has three or four alike projections, but those have no submodules
+
+_SIMPLE = (int, str, bool, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _IGNORED = {"training", "_is_full_backward_hook", "_is_hf_initialized"}
+_COUNTER = re.compile(r"(^|_)(i|idx|index|id|ids|num|number|no|depth|position)$")
 
 
-def _plain(value: Any) -> Any:
-    """`value` as nested tuples of simple items; objects by their type only."""
-    if isinstance(value, _SIMPLE):
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((str(k), _plain(v)) for k, v in value.items())
-    if isinstance(value, torch.Tensor):
-        return ("tensor", tuple(value.shape), str(value.dtype), value.requires_grad)
-    if callable(value):
-        return ("callable", getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__name__))
-    return ("object", type(value).__module__, type(value).__qualname__)
+def rate(value: float) -> float:
+    """`value`, with all numbers but 0, 1 and -1 alike: they scale tensors or draw dropout, and change no figure.
+
+    >>> rate(0.1) == rate(0.25), rate(0.0) == rate(0.1), rate(1.0)
+    (True, False, 1.0)
+    """
+    if value in (0.0, 1.0, -1.0) or not math.isfinite(value):
+        return -math.inf if value != value else value  # a NaN would differ from itself
+    return 0.5
 
 
-def signature(module: nn.Module) -> list[Any]:
-    """Type, tensors and simple attributes of `module` and all its submodules, as a flat list."""
-    items: list[Any] = []
+def _plain(value: Any) -> Iterator[Any]:
+    """`value` flattened to simple items; objects by their type only."""
+    if isinstance(value, float):
+        yield rate(value)
+    elif isinstance(value, _SIMPLE):
+        yield value
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield ("items", len(value))
+        for item in value:
+            yield from _plain(item)
+    elif isinstance(value, dict):
+        yield ("items", len(value))
+        for key, item in value.items():
+            yield str(key)
+            yield from _plain(item)
+    elif isinstance(value, torch.Tensor):
+        yield ("tensor", tuple(value.shape), str(value.dtype), value.requires_grad)
+    elif callable(value):
+        yield ("callable", getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__name__))
+    else:
+        yield ("object", type(value).__module__, type(value).__qualname__)
+
+
+def signature(module: nn.Module) -> list[tuple[str, Any]]:
+    """Type, tensors and simple attributes of `module` and all its submodules, as (name, value) pairs."""
+    items: list[tuple[str, Any]] = []
     for name, child in module.named_modules(remove_duplicate=False):
-        items.append((name, type(child).__module__, type(child).__qualname__, child.training))
-        for kind, tensors in (("parameter", child._parameters), ("buffer", child._buffers)):
+        items.append((name, (type(child).__module__, type(child).__qualname__, child.training)))
+        for tensors in (child._parameters, child._buffers):
             for key, tensor in tensors.items():
-                items.append((kind, key, None if tensor is None else _plain(tensor)))
+                items.append((key, None if tensor is None else tuple(_plain(tensor))))
         for key, value in vars(child).items():
             if not key.startswith("_") and key not in _IGNORED:
-                items.append(key)
-                items.extend(_flat(_plain(value)))
+                items.extend((key, item) for item in _plain(value))
         hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
         items.append(("hooks", len(hooks)))
     return items
 
 
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, tuple):
-        return [len(value), *(item for v in value for item in _flat(v))]
-    return [value]
-
-
-def equal(a: Sequence[Any], index_a: int, b: Sequence[Any], index_b: int) -> bool:
-    """Whether two signatures agree, an integer that is the module's own index counting as equal."""
+def equal(a: Sequence[tuple[str, Any]], index_a: int, b: Sequence[tuple[str, Any]], index_b: int) -> bool:
+    """Whether two signatures agree; an integer that counts the modules of the list is no difference."""
     if len(a) != len(b):
         return False
-    for x, y in zip(a, b, strict=True):
-        if type(x) is not type(y):
+    for (name_x, x), (name_y, y) in zip(a, b, strict=True):
+        if name_x != name_y or type(x) is not type(y):
             return False
-        if x != y and not (type(x) is int and x == index_a and y == index_b):
+        if x != y and not (type(x) is int and _counts(name_x, x - index_a, y - index_b)):
             return False
     return True
+
+
+def _counts(name: str, offset_x: int, offset_y: int) -> bool:
+    """Whether an attribute is the module's index, or says by its name that it counts and follows the index."""
+    return offset_x == offset_y and (offset_x == 0 or bool(_COUNTER.search(name)))
 
 
 def groups(modules: Sequence[nn.Module]) -> list[list[int]]:
@@ -82,42 +105,85 @@ def groups(modules: Sequence[nn.Module]) -> list[list[int]]:
 
 
 def repeated_lists(model: nn.Module) -> dict[str, list[list[nn.Module]]]:
-    """Outermost lists of blocks: FQN of the list -> groups of equal members.
+    """Lists of blocks: FQN of the list (or of the module whose attributes they are) -> groups of equal members.
 
-    A list holds blocks if two members are equal but for floats (rates of stochastic depth), or if two are of one
-    type with submodules of its own and none holds such a list itself. A member of such a list is one block: lists
-    inside it are not looked at.
+    A list holds blocks if two members are equal, or if two are of one type with submodules of its own and none
+    holds such a list itself. A member of such a list is one block, and lists inside it are not looked at; unless
+    it is a stage, which does little but run a list of its own.
     """
     found: dict[str, list[list[nn.Module]]] = {}
 
     def walk(module: nn.Module, fqn: str) -> None:
-        members = list(module.children())
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and _holds_blocks(members):
+        members = _candidates(module)
+        blocks: list[nn.Module] = []
+        if _holds_blocks(members) and not any(_is_stage(m) for m in members):
             found[fqn] = [[members[i] for i in g] for g in groups(members)]
-            return
+            blocks = members
         for name, child in module.named_children():
-            walk(child, f"{fqn}.{name}" if fqn else name)
+            if not any(child is block for block in blocks):
+                walk(child, f"{fqn}.{name}" if fqn else name)
 
     walk(model, "")
     return found
 
 
+def _candidates(module: nn.Module) -> list[nn.Module]:
+    """Children that may repeat each other: all of a list, or attributes (h0, h1, ...) that are most of a module."""
+    children = list(module.children())
+    if isinstance(module, LISTS):
+        return children
+    kinds: dict[type, list[nn.Module]] = {}
+    for child in children:
+        if composite(child) and not isinstance(child, LISTS) and not _holds_lists(child):
+            kinds.setdefault(type(child), []).append(child)
+    most = max(kinds.values(), key=len, default=[])
+    large = 2 * sum(_numel(m) for m in most) > _numel(module)
+    return most if len(most) >= FEWEST_ATTRIBUTES and large else []
+
+
+def composite(module: nn.Module) -> bool:
+    """Whether it has submodules of its own."""
+    return any(True for _ in module.children())
+
+
 def _holds_blocks(members: Sequence[nn.Module]) -> bool:
     if len(members) < 2:
         return False
-    loose = [[0.0 if isinstance(x, float) else x for x in signature(m)] for m in members]
-    for i in range(len(members)):
-        if any(equal(loose[j], j, loose[i], i) for j in range(i)):
+    signatures = [signature(m) for m in members]
+    for i, sig in enumerate(signatures):
+        if any(equal(signatures[j], j, sig, i) for j in range(i)):
             return True
-    composite = [type(m) for m in members if any(True for _ in m.children())]
-    return len(set(composite)) < len(composite) and not any(_holds_lists(m) for m in members)
+    return _repeats_a_type(members) and not any(_holds_lists(m) for m in members)
+
+
+def _repeats_a_type(members: Sequence[nn.Module]) -> bool:
+    kinds = [type(m) for m in members if composite(m)]
+    return len(set(kinds)) < len(kinds)
 
 
 def _holds_lists(module: nn.Module) -> bool:
     """Whether a list of modules that have submodules is somewhere inside."""
-    for inner in module.modules():
-        if isinstance(inner, (nn.Sequential, nn.ModuleList)):
-            composite = [type(m) for m in inner.children() if any(True for _ in m.children())]
-            if len(set(composite)) < len(composite):
-                return True
-    return False
+    return any(isinstance(inner, LISTS) and _repeats_a_type(list(inner.children())) for inner in module.modules())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether `module` does little but run lists of blocks (a level of a U-Net, a stage of a Swin or ResNet).
+
+    The lists are its own children and hold most of its parameters, and at most two other children have any (what
+    changes the resolution). A block has more: attention, its norms, a router beside its experts.
+    """
+    if isinstance(module, nn.ModuleDict):
+        return False
+    if isinstance(module, LISTS):
+        return _repeats_a_type(list(module.children()))
+    inside = others = 0
+    for child in module.children():
+        if isinstance(child, LISTS) and _repeats_a_type(list(child.children())):
+            inside += _numel(child)
+        elif not isinstance(child, LISTS):
+            others += _numel(child) > 0
+    return others <= 2 and 2 * inside > _numel(module)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

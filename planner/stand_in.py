@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .chain import Borders
 from .graph import Parameter
 from .signature import repeated_lists
 
@@ -20,6 +21,8 @@ class RealModel:
     model : nn.Module
     repeated : dict
         Its lists of structurally equal members (`repeated_lists`).
+    borders : Borders
+        Which modules are looked into.
     data_decides : bool
         Whether sizes may depend on values.
     """
@@ -29,6 +32,7 @@ class RealModel:
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.model = model
         self.repeated = repeated_lists(model)
+        self.borders = Borders(model, self.repeated)
         self.compute = torch.bfloat16 if precision == "bf16" else None
         self.convert()
 

@@ -17,7 +17,7 @@ from ..errors import ModelError
 from .affine import NotAffine, NotLinear, fit, merge
 from .chain import ReplayInexact, output_leaf, sources
 from .fake_run import NEEDS_DATA
-from .fold import relative
+from .fold import align, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
 from .opaque import opaque_parts, read_notes
@@ -169,6 +169,7 @@ def _assemble(
     precision: str,
 ) -> ModelGraph:
     first, batches = runs[0], (*BATCHES, FOURTH)[: len(runs)]
+    align([run.folded for run in runs])
     units = _units(first)
     if any(_units(run) != units for run in runs[1:]):
         raise ModelError(
