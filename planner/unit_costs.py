@@ -214,7 +214,7 @@ def tensor_bytes(cls: UnitClass, sharding: ClassSharding | None, tensor: int, tp
 
 def saved_storages(cls: UnitClass) -> set[int]:
     """Ids of the storages that autograd keeps for backward, parameters and buffers excluded."""
-    bases = {cls.tensors[t].base for op in cls.ops for t in op.saved}
+    bases = {cls.tensors[t].base for op in cls.ops for t in op.saved} | {cls.tensors[t].base for t in cls.saved}
     return {t for t in bases if cls.tensors[t].kind not in ("parameter", "buffer")}
 
 
