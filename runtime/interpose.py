@@ -14,6 +14,13 @@ from typing import Any
 from torch import nn
 
 from .attention import attention_on_local_heads, torch_attention
+from .channels import (
+    CONVOLUTIONS,
+    batch_norm_of_local_channels,
+    group_norm_of_local_channels,
+    torch_batch_norm,
+    torch_group_norm,
+)
 from .products import (
     einsum_on_local_batches,
     matmul_on_local_batches,
@@ -28,6 +35,9 @@ _OWN: dict[int, Callable[..., Any]] = {
     id(torch_embedding): embedding_on_local_rows,
     id(torch_matmul): matmul_on_local_batches,
     id(torch_einsum): einsum_on_local_batches,
+    id(torch_batch_norm): batch_norm_of_local_channels,
+    id(torch_group_norm): group_norm_of_local_channels,
+    **{id(function): own for function, own in CONVOLUTIONS.items()},
 }
 # (namespace, name, torch's function): a property of this process's modules, like sys.modules itself.
 _names: list[tuple[dict[str, Any], str, Any]] = []

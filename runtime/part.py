@@ -14,8 +14,8 @@ from ..planner.inputs import Inputs
 from ..planner.target import Target
 from .mesh import RankMesh
 from .pipeline import pack, unpack
+from .placements import unwrap_activation, wrap_activation
 from .stubs import Border, StageExit
-from .tensor_parallel import unwrap_activation, wrap_activation
 
 
 class Part(nn.Module):

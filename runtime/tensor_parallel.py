@@ -8,6 +8,9 @@ styled modules fix the placements at their borders:
     packed   Shard(0)   Replicate     PackedOutput (see packed.py)
     row      Shard(1)   Shard(-1)     Partial, summed to Replicate
     vocab    Shard(0)   token ids     Partial, summed to Replicate
+    channel  Shard(0)   see channels.py (as for col and row on convolutions)
+    region   by name    see experts.py
+    heads    by name    see heads.py
 
 (Hugging Face's Conv1D stores its weight transposed: dimensions 0 and 1 change places.) Integer inputs and
 buffers stay plain tensors; inside `step_context` they count as replicated.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -27,18 +31,21 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from ..errors import PlanFileError
 from ..planner.plan import ModuleStyle, TensorParallelSection
-from .full_tensors import part_of_rank, shard_dim
+from .experts import use_summed_region
+from .full_tensors import listed_split, part_of_rank, segments_of, shard_dim
+from .heads import use_local_heads
 from .interpose import find_names, interposed
 from .local_region import runs_locally, use_local_region, use_local_regions
 from .packed import PackedOutput
+from .placements import sum_gradient, sum_unmarked, wrap_activation
 from .whole_operators import whole_operands_run_locally
 
-# Attribute of an activation: itself behind the sum of its gradients, or True if it is behind it already.
-_SUMMED = "_tpplan_summed"
 _REPLICATE = ModuleStyle(style="replicate")
 
 
@@ -64,24 +71,26 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         If a style does not fit its module, tp does not divide a sharded dimension, or tied modules disagree.
     """
     dims = _sharded_dims(model, section)
-    divided = {name.rpartition(".")[0] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in dims}
+    names = list(model.named_parameters(remove_duplicate=False))
+    divided = {name.rpartition(".")[0] for name, parameter in names if id(parameter) in dims}
+    inside = {fqn for fqn, style in section.styles.items() if style.style in ("heads", "region")}
     done: dict[int, nn.Parameter] = {}
     for fqn, module in model.named_modules():
         style = section.styles.get(fqn, _REPLICATE)
         owned = list(module.named_parameters(recurse=False, remove_duplicate=False))
         for name, parameter in owned:
-            where = f"{fqn}.{name}".lstrip(".")
             if id(parameter) not in done:
-                dim, owner_style, owner = dims.get(id(parameter), (None, style, where))
-                new = _sharded_parameter(parameter, dim, owner_style, tp_mesh, owner)
+                split = dims.get(id(parameter)) or Split(None, None, f"{fqn}.{name}".lstrip("."))
+                new = _sharded_parameter(parameter, split, tp_mesh)
                 done[id(parameter)] = done[id(new)] = new
             module._parameters[name] = done[id(parameter)]
-        if owned:
+        within = any(fqn.startswith(f"{name}.") for name in inside)
+        if (owned or fqn in section.styles) and not within:
             _set_borders(module, fqn, style, tp_mesh)
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
             module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
-    use_local_regions(model, divided, tp_mesh)
+    use_local_regions(model, divided | inside, tp_mesh)
     find_names(model)
 
 
@@ -101,60 +110,50 @@ def step_context(section: TensorParallelSection) -> Iterator[None]:
         yield
 
 
-def wrap_activation(tensor: torch.Tensor, tp_mesh: DeviceMesh) -> torch.Tensor:
-    """A float activation from outside (another stage) as a replicated DTensor; others are returned unchanged.
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How tp divides a parameter: along `dim`, each of `segments` where it is packed; `where` it was said."""
 
-    Its gradient comes back summed over tp, as a plain tensor.
-    """
-    if isinstance(tensor, DTensor) or not tensor.is_floating_point():
-        return tensor
-    return DTensor.from_local(tensor, tp_mesh, [Replicate()], run_check=False)
-
-
-def unwrap_activation(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor activation as a plain, whole tensor (to send to another stage, or to log)."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
+    dim: int | None
+    segments: list[int] | None
+    where: str
 
 
-def _sharded_dims(model: nn.Module, section: TensorParallelSection) -> dict[int, tuple[int, ModuleStyle, str]]:
+def _sharded_dims(model: nn.Module, section: TensorParallelSection) -> dict[int, Split]:
     """Which parameters tp divides, by identity: tied names must agree, names without a style follow."""
-    dims: dict[int, tuple[int, ModuleStyle, str]] = {}
+    dims: dict[int, Split] = {}
     for fqn, module in model.named_modules():
         style = section.styles.get(fqn, _REPLICATE)
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             where = f"{fqn}.{name}".lstrip(".")
-            dim = shard_dim(module, name, style, where)
-            known = dims.get(id(parameter))
-            if known is not None and dim is not None and (known[0] != dim or known[1].sizes != style.sizes):
+            listed = listed_split(where, section)
+            dim = listed[0] if listed is not None else shard_dim(module, name, style, where)
+            if dim is None:
+                continue
+            split = Split(dim, segments_of(where, section), where)
+            known = dims.setdefault(id(parameter), split)
+            if (known.dim, known.segments) != (split.dim, split.segments):
                 raise PlanFileError(
-                    f"{where} and {known[2]} are one tensor, but the plan splits them differently.",
+                    f"{where} and {known.where} are one tensor, but the plan splits them differently.",
                     "Give tied modules the same split, or plan again with `tpplan suggest`.",
                 )
-            if dim is not None:
-                dims[id(parameter)] = (dim, style, where)
     return dims
 
 
-def _sharded_parameter(
-    parameter: nn.Parameter, dim: int | None, style: ModuleStyle, mesh: DeviceMesh, where: str
-) -> nn.Parameter:
+def _sharded_parameter(parameter: nn.Parameter, split: Split, mesh: DeviceMesh) -> nn.Parameter:
     """`parameter` as a DTensor that holds this rank's part."""
-    placement: Placement = Replicate() if dim is None else Shard(dim)
-    local = part_of_rank(parameter.detach(), dim, style, mesh.size(), mesh.get_local_rank(), where)
-    sharded = DTensor.from_local(
-        local.contiguous().clone(),
-        mesh,
-        [placement],
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    new = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+    new = nn.Parameter(_sharded(parameter.detach(), split, mesh), requires_grad=parameter.requires_grad)
     for name, value in vars(parameter).items():  # marks that the user's code left on it
         setattr(new, name, value)
     return new
+
+
+def _sharded(tensor: torch.Tensor, split: Split, mesh: DeviceMesh) -> DTensor:
+    placement: Placement = Replicate() if split.dim is None else Shard(split.dim)
+    local = part_of_rank(tensor, split.dim, split.segments, mesh.size(), mesh.get_local_rank(), split.where)
+    return DTensor.from_local(
+        local.contiguous().clone(), mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMesh) -> None:
@@ -163,12 +162,29 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
         if runs_locally(module):
             use_local_region(module, mesh)
         return
-    if style.style == "vocab":
-        return  # embedding_on_local_rows sees the sharded weight
+    if style.style == "region":
+        use_summed_region(module, fqn, style, mesh)
+        return
+    if style.style == "heads":
+        use_local_heads(module, fqn, mesh)
+        return
+    if style.style == "channel" and isinstance(module, _NormBase):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.ndim == 1:  # running statistics
+                module._buffers[name] = _sharded(buffer, Split(0, None, f"{fqn}.{name}"), mesh)
+    if style.style in ("vocab", "channel", "parameters"):
+        return  # the functions that they call see the sharded parameters
+    if isinstance(module, _ConvNd):
+        channels = module.weight.ndim - 1  # from the end
+        if style.style == "packed":
+            module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes), channels))
+        elif style.style == "col" and style.output == "replicate":
+            module.register_forward_hook(_replicate_output)
+        return
     wanted = Shard(-1) if style.style == "row" else Replicate()
     module.register_forward_pre_hook(partial(_place_input, mesh, wanted))
     if style.style == "packed":
-        module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes)))
+        module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes), 1))
     elif style.style == "row" or style.output == "replicate":
         module.register_forward_hook(_replicate_output)
 
@@ -179,33 +195,8 @@ def _place_input(mesh: DeviceMesh, wanted: Placement, module: nn.Module, args: t
     if first.placements != (placement,):
         first = first.redistribute(placements=[placement])
     elif placement.is_replicate():
-        first = _sum_gradient(first)
+        first = sum_gradient(first)
     return (first, *args[1:])
-
-
-def _sum_gradient(tensor: Any) -> Any:
-    """`tensor`, with its gradient summed over tp here, once for all the projections that read it.
-
-    Left to itself DTensor carries the partial sums further, through norms and into the weight gradients of the
-    row-sharded layers before (16 all-gathers and 12 reduce-scatters instead of 9 all-reduces in a 4-layer
-    Llama). What is no replicated DTensor with a gradient is returned as it is.
-    """
-    if not isinstance(tensor, DTensor) or not tensor.requires_grad or tensor.placements != (Replicate(),):
-        return tensor
-    seen = getattr(tensor, _SUMMED, None)
-    if seen is True:
-        return tensor
-    if seen is None:
-        seen = _summed(tensor)
-        setattr(tensor, _SUMMED, seen)
-    return seen
-
-
-def _summed(tensor: DTensor) -> DTensor:
-    local = tensor.to_local()
-    summed = DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False)
-    setattr(summed, _SUMMED, True)
-    return summed
 
 
 def _sum_at_the_door(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -213,17 +204,14 @@ def _sum_at_the_door(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
     They may come from outside a compiled region, where the projections inside must not leave a mark on them.
     """
-    return tree_map(_sum_unmarked, (args, kwargs))
-
-
-def _sum_unmarked(tensor: Any) -> Any:
-    wanted = isinstance(tensor, DTensor) and tensor.requires_grad and tensor.placements == (Replicate(),)
-    return _summed(tensor) if wanted and getattr(tensor, _SUMMED, None) is None else tensor
+    return tree_map(sum_unmarked, (args, kwargs))
 
 
 def _replicate_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
     return output.redistribute(placements=[Replicate()])
 
 
-def _pack_output(fqn: str, sizes: tuple[int, ...], module: nn.Module, args: Any, output: DTensor) -> PackedOutput:
-    return PackedOutput(output.to_local(), output.device_mesh, output.ndim - 1, sizes, fqn)
+def _pack_output(
+    fqn: str, sizes: tuple[int, ...], from_end: int, module: nn.Module, args: Any, output: DTensor
+) -> PackedOutput:
+    return PackedOutput(output.to_local(), output.device_mesh, output.ndim - from_end, sizes, fqn)
