@@ -37,6 +37,7 @@ def meet_whole(walk: Walk, op: Op, tensor: int, dim: int, sources: frozenset[str
     groups of layers had better stay whole.
     """
     state, region = walk.state(tensor), walk.region(op)
+    walk.cuts[op.index, tensor] = dim
     if isinstance(state, Partial):
         raise Conflict(sources | state.sources, "it meets a sum that is not finished")
     if isinstance(state, Weight):

@@ -47,8 +47,7 @@ ALONG_DIM = frozenset(
 CHANNELWISE = frozenset(
     """max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
     _adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d
-    upsample_bicubic2d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d replication_pad2d
-    pixel_unshuffle""".split()  # noqa: SIM905
+    upsample_bicubic2d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d replication_pad2d""".split()  # noqa: SIM905
 )
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 _KEEPS_ZERO = VIEWS | MOVES | frozenset(("clone", "_to_copy", "slice", "select"))
@@ -70,7 +69,7 @@ class Interpreter(Walk):
         live = live_operators(self)
         for op in self.cls.ops:
             if op.index in live:
-                self._step(op)
+                self.step(op)
         for tensor in self.cls.outputs:
             state = self.state(tensor)
             if isinstance(state, Split):
@@ -104,7 +103,14 @@ class Interpreter(Walk):
 
     # one operator
 
-    def _step(self, op: Op) -> None:
+    def step(self, op: Op) -> None:
+        """Set the states of the outputs of one operator.
+
+        Raises
+        ------
+        Conflict
+            If it cannot carry the split of an input.
+        """
         if op.outputs and all(t in self.views for t in op.outputs):
             return  # it only looks at a parameter
         base = op.name.split(".")[-2].removesuffix("_") if "." in op.name else op.name

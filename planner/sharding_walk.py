@@ -56,6 +56,9 @@ class Walk:
         self.raw_layers = {layer.weight: layer for layer in layers.values() if layer.kind == "raw"}
         self.region_doors = {layer.owner for layer in self.raw_layers.values() if layer.region}
         self.whole_uses: set[str] = set()
+        self.cuts: dict[
+            tuple[int, int], int
+        ] = {}  # (operator, whole tensor) -> dimension of which each rank uses a part
         self.normed: set[str] = set()  # layers over whose split features a norm has summed
         self.attended: set[str] = set()  # layers whose split heads have met in attention
         self.made_in: dict[int, str] = {}  # tensors that the code of a region made
