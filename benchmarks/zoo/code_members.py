@@ -40,7 +40,7 @@ _TIMM = (
     _timm("vit_large", "vit_large_patch16_224", _TINY_VIT),
     _timm("convnext_large", "convnext_large", _TINY_STAGES, 64),
     _timm("timm_eva02_large", "eva02_large_patch14_224", _TINY_VIT),
-    _timm("timm_mixer_b16", "mixer_b16_224", {"img_size": 64, "embed_dim": 32, "num_blocks": 4}, 64),
+    _timm("timm_mixer_b16", "mixer_b16_224", {"name": "mixer_s32_224", "img_size": 64}, 64),
     _timm("timm_cait_s24", "cait_s24_224", _TINY_VIT),
     _timm("timm_xcit_small_12", "xcit_small_12_p16_224", _TINY_VIT),
     _timm("timm_mobilevit_s", "mobilevit_s", {}, 64, seq=256),
