@@ -110,5 +110,6 @@ MEASURED: tuple[Member, ...] = (
             "pad_token_id": 0,
         },
         seq=512,
+        inputs=("input_ids=int64[B,S]<128", "labels=int64[B,S/4]<128"),
     ),
 )
