@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import (
 )
 
 from .kernels import OpInfo
+from .quick_fake import quick
 from .recording import DataRead
 from .registry import Registry
-from .values import Origin, Values, _real_tensors
+from .values import Origin, Values, real_tensors
 
 NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
@@ -80,7 +81,9 @@ class FakeRun:
         if device is not None and device != _CPU:
             fake_kwargs["device"] = _CPU
         try:
-            result = self._plain(func, fake_args, fake_kwargs, bool(numbers))
+            result = quick(self.mode, func, info, fake_args, fake_kwargs) if numbers else NotImplemented
+            if result is NotImplemented:
+                result = self._plain(func, fake_args, fake_kwargs, bool(numbers))
         except NEEDS_DATA + (NotImplementedError,):
             result = self._with_data(func, info, fake_args, fake_kwargs, numbers)
         if twins and info.written:
@@ -106,7 +109,7 @@ class FakeRun:
 
     def _change_layout(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Operators such as `unsqueeze_` change the real tensor's shape too."""
-        with _real_tensors():
+        with real_tensors():
             func(*args, **kwargs)
         self.registry.forget_twin(args[0])
 
@@ -118,7 +121,7 @@ class FakeRun:
             self._twin(args[0])
         value = self.values.read(number, scalar=True)
         self.note(info.base, value.dtype in (torch.int64, torch.int32), (number,))
-        with _real_tensors():
+        with real_tensors():
             return value.item()
 
     def read_whole(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
@@ -157,7 +160,7 @@ class FakeRun:
 
         real_args = [mapped(a, real) for a in args]
         real_kwargs = {k: mapped(v, real) for k, v in kwargs.items()}
-        with _real_tensors():
+        with real_tensors():
             torch.manual_seed(0)
             result = func(*real_args, **real_kwargs)
         return mapped(result, self._empty_like)
@@ -184,7 +187,7 @@ class FakeRun:
 
     def _masked_select(self, args: Sequence[Any], numbers: Sequence[int]) -> torch.Tensor:
         mask = self.values.read(numbers[1])
-        with _real_tensors():
+        with real_tensors():
             shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
             count = int(mask.expand(shape).sum())
         return self.registry.empty((count,), (1,), args[0].dtype)
