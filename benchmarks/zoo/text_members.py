@@ -177,13 +177,16 @@ MEMBERS: tuple[Member, ...] = (
     _encoder("fnet", "FNetForMaskedLM"),
     _encoder("funnel", "FunnelForMaskedLM", {"block_sizes": [2, 2], "d_head": 8, "d_inner": 64}),
     # encoder-decoders
-    _seq2seq("t5", "T5ForConditionalGeneration"),
-    _seq2seq("mt5", "MT5ForConditionalGeneration"),
+    _seq2seq("t5", "T5ForConditionalGeneration", config={"decoder_start_token_id": 0}),
+    _seq2seq("mt5", "MT5ForConditionalGeneration", config={"decoder_start_token_id": 0}),
     _seq2seq("bart", "BartForConditionalGeneration"),
     _seq2seq("pegasus", "PegasusForConditionalGeneration"),
     _seq2seq("m2m_100", "M2M100ForConditionalGeneration"),
     _seq2seq(
-        "switch_transformers", "SwitchTransformersForConditionalGeneration", {"num_experts": 4, "expert_capacity": 16}
+        "switch_transformers",
+        "SwitchTransformersForConditionalGeneration",
+        {"num_experts": 4, "expert_capacity": 16},
+        config={"decoder_start_token_id": 0},
     ),
     _seq2seq(
         "prophetnet",
