@@ -51,7 +51,10 @@ def describe(error: BaseException) -> str:
 
 
 def running_line(folder: str | os.PathLike[str] | None = None) -> str:
-    """``file.py, line N`` of the model's code that runs now: the innermost frame in `folder`, else outside torch and tpplan."""
+    """``file.py, line N`` of the model's code that runs now.
+
+    The innermost frame in `folder`, else the innermost outside torch and tpplan.
+    """
     inside = os.path.join(os.path.abspath(folder), "") if folder is not None else None
     outside = ""
     frame = sys._getframe(1)

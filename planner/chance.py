@@ -20,8 +20,9 @@ PYTHON = "Python's or numpy's random numbers"
 _UNIFORM = {"rand", "rand_like", "uniform", "uniform_"}
 _BERNOULLI = {"bernoulli", "bernoulli_", "native_dropout"}
 _OTHERS = {
-    "randn", "randn_like", "normal", "normal_", "randint", "randint_like", "random", "random_", "randperm", "multinomial",
-    "exponential", "exponential_", "cauchy_", "log_normal_", "geometric_", "poisson", "binomial", "normal_functional",
+    "randn", "randn_like", "normal", "normal_", "randint", "randint_like", "random", "random_",
+    "randperm", "multinomial", "exponential", "exponential_", "cauchy_", "log_normal_", "geometric_",
+    "poisson", "binomial", "normal_functional",
 }  # fmt: skip
 _WORDS = 624  # of the Mersenne twister
 _SAME = 128  # words that are made equal; the others let the generator go on

@@ -84,7 +84,7 @@ class FakeRun:
             result = quick(self.mode, func, info, fake_args, fake_kwargs) if numbers else NotImplemented
             if result is NotImplemented:
                 result = self._plain(func, fake_args, fake_kwargs, bool(numbers))
-        except NEEDS_DATA + (NotImplementedError,):
+        except (*NEEDS_DATA, NotImplementedError):
             result = self._with_data(func, info, fake_args, fake_kwargs, numbers)
         if twins and info.written:
             if torch.Tag.inplace_view in func.tags:

@@ -81,6 +81,8 @@ def op_info(func: Any) -> OpInfo:
 def _bytes(tensor: torch.Tensor) -> int:
     """Bytes of the distinct elements of `tensor`: an expanded dimension (stride 0) counts once."""
     n = tensor.dtype.itemsize
+    if tensor.layout is not torch.strided:
+        return 0  # only wraps indices and values, which are tensors of their own
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if stride != 0 or size == 0:
             n *= size
@@ -88,6 +90,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _region(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided:
+        return (id(tensor),)
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 

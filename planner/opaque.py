@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from .graph import ModelGraph
 from .graph_view import absolute
-from .recording import DataRead, Recording
+from .recording import Recording
 
 _MEANS = "figures are those of random data, and tensor parallelism leaves it whole"
 
@@ -52,11 +52,13 @@ def opaque_parts(
     return tuple((fqn, reason, inside[fqn] / total if total else 0.0) for fqn, reason in outermost.items())
 
 
-def read_notes(graph: ModelGraph, reads: Sequence[DataRead]) -> list[str]:
-    """Remarks on places where data was looked at and the figures are exact for what was taken."""
+def read_notes(graph: ModelGraph, rec: Recording) -> list[str]:
+    """Remarks on places where data was looked at and the figures are exact for what was taken, and on recomputation."""
     notes: dict[str, None] = {}
+    if rec.computed_again:
+        notes[f"{rec.computed_again} operators run again in backward by the model's own checkpointing; counted"] = None
     seen: set[str] = set()
-    for read in reads:
+    for read in rec.reads:
         if read.where in seen or (read.sizes and read.drawn):
             continue
         seen.add(read.where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .fake_run import FakeRun
 from .graph import Ref
 from .kernels import OpInfo, op_info, price
+from .own_checkpoints import Again, function_attributes
 from .recording import RawCall, RawOp, Recording
 from .registry import Registry
 from .values import frozen
@@ -49,12 +50,15 @@ class Recorder(TorchDispatchMode):
         self.storage_of = self.recording.storage_of
         self.fake: FakeRun | None = None
         self.on_call: Callable[[], None] = _nothing
+        self.on_operator: Callable[[], None] = _nothing
         self.paused = False
         self.in_backward = False
         self._infos: dict[Any, OpInfo] = {}
         self._stack: list[int] = []
         self._by_sequence: dict[int, int] = {}
         self._packed: list[tuple[int, int]] = []
+        self._kept_by_next: list[int] = []
+        self._again = Again(self.recording)
         self._numbers: dict[str, int] = {}
         self._fqns = {id(m): name for name, m in model.named_modules()}
 
@@ -163,7 +167,10 @@ class Recorder(TorchDispatchMode):
             kernels[0],
             rec.clock,
         )
+        op.saved += self._kept_by_next
+        self._kept_by_next.clear()
         rec.ops.append(op)
+        self.on_operator()
         self._by_sequence.setdefault(_get_sequence_nr() - 1, op.index)
 
     def _template(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[int]) -> tuple[Any, ...]:
@@ -191,11 +198,19 @@ class Recorder(TorchDispatchMode):
             for t in inputs:
                 self.storage_of(t).parameter_gradient = True
             return
-        index = len(rec.ops) - 1 if sequence is None else self._by_sequence.get(sequence)
-        if index is None or index < 0:
-            return
-        op = rec.ops[index]
-        kernels, unknown = price(info, args, kwargs, result, self._wrt(op, inputs))
+        op = self._again.match(info.name)
+        if op is not None:
+            rec.computed_again += 1
+        else:
+            index = len(rec.ops) - 1 if sequence is None else self._by_sequence.get(sequence)
+            if index is None or index < 0:
+                return
+            op = rec.ops[index]
+        if torch.is_grad_enabled():  # computed again: what follows backward through it belongs to it
+            self._by_sequence.setdefault(_get_sequence_nr() - 1, op.index)
+            kernels, unknown = price(info, args, kwargs, result, "other")
+        else:
+            kernels, unknown = price(info, args, kwargs, result, self._wrt(op, inputs))
         if unknown:
             rec.opaque[rec.calls[op.call].fqn if op.call >= 0 else ""] = unknown
         op.backward.extend(k for k in kernels if k.kind != "free")
@@ -223,13 +238,27 @@ class Recorder(TorchDispatchMode):
             self._packed.append((_get_sequence_nr() - 1, self.known(tensor)))
         return tensor
 
+    def keep(self, tensors: list[torch.Tensor]) -> None:
+        """The next operator keeps `tensors` for backward, whatever autograd says."""
+        if not self.paused and not self.in_backward:
+            self._kept_by_next += [self.known(t) for t in tensors]
+
+    def begin_backward(self, loss: torch.Tensor) -> None:
+        """The forward is through; note what Functions keep on their own."""
+        with self.pause():
+            for sequence, tensor in function_attributes(loss):
+                number = self.registry.id_of(tensor)
+                if number is not None:  # else nothing traced: a random state
+                    self._packed.append((sequence, number))
+        self.in_backward = True
+
     def _finish(self) -> None:
         """Give saved tensors to their operators; drop the detached aliases that autograd makes of outputs."""
         rec = self.recording
         used = {t for op in rec.ops for t in op.inputs} | {t for c in rec.calls for t in c.outputs}
         alias: dict[int, int] = {}
         for op in rec.ops:
-            if op.name == "aten.detach.default" and not used & set(op.outputs):
+            if op.name == "aten.detach.default" and not op.backward and not used & set(op.outputs):
                 op.dead = True
                 alias[op.outputs[0]] = alias.get(op.inputs[0], op.inputs[0])
         for sequence, tensor in self._packed:
@@ -254,6 +283,9 @@ class Recorder(TorchDispatchMode):
         self.on_call()
         rec = self.recording
         fqn = self._fqns[id(module)]
+        if self.in_backward:
+            self._again.enter(fqn)
+            return -1
         number = self._numbers[fqn] = self._numbers.get(fqn, -1) + 1
         parent = self._stack[-1] if self._stack else -1
         call = RawCall(len(rec.calls), fqn, number, type(module).__name__, parent, len(rec.ops))
@@ -266,9 +298,17 @@ class Recorder(TorchDispatchMode):
     def leave(self, output: Any) -> None:
         """Close the innermost module call."""
         self.on_call()
+        if self.in_backward:
+            self._again.leave()
+            return
         call = self.recording.calls[self._stack.pop()]
         call.end = len(self.recording.ops)
         call.outputs = tuple(self.known(t) for t in _tensors(output))
+
+    @property
+    def open_calls(self) -> Sequence[int]:
+        """Indices of the module calls that are running, the outermost first."""
+        return self._stack
 
     @property
     def current_call(self) -> int:

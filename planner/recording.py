@@ -94,7 +94,10 @@ class DataRead:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything one run showed; `produced` are the tensors that an operator or a replayed call made."""
+    """Everything one run showed; `produced` are the tensors that an operator or a replayed call made.
+
+    `computed_again` counts operators that the model's own checkpointing runs a second time, in backward.
+    """
 
     ops: list[RawOp] = field(default_factory=list)
     tensors: list[RawTensor] = field(default_factory=list)
@@ -104,6 +107,7 @@ class Recording:
     opaque: dict[str, str] = field(default_factory=dict)
     reads: dict[DataRead, None] = field(default_factory=dict)
     clock: int = 0
+    computed_again: int = 0
 
     def storage_of(self, tensor: int) -> RawStorage:
         """The storage of a recorded tensor."""

@@ -62,11 +62,11 @@ class Registry:
         return new
 
     def _storage(self, tensor: torch.Tensor, kind: str) -> int:
-        cdata = tensor.untyped_storage()._cdata
+        cdata, nbytes = _memory(tensor)
         storage = self._storages.get(cdata)
         if storage is None:
             storage = len(self.recording.storages)
-            self.recording.storages.append(RawStorage(tensor.untyped_storage().nbytes(), kind, self.recording.clock))
+            self.recording.storages.append(RawStorage(nbytes, kind, self.recording.clock))
             self._storages[cdata] = storage
             self._cdatas[storage] = {cdata}
         return storage
@@ -85,7 +85,7 @@ class Registry:
             self._kept.pop(storage, None)
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A fake tensor that stands for a real one in every operator; what is made from it shares the real one's storage."""
+        """A fake tensor that stands for a real one in every operator; its views count on the real one's storage."""
         found = self._twins.get(id(tensor))
         if found is None:
             number = self.known(tensor)
@@ -110,4 +110,12 @@ class Registry:
 
     def storage_number(self, tensor: torch.Tensor) -> int | None:
         """The number of the storage of `tensor`, None if it was never seen."""
-        return self._storages.get(tensor.untyped_storage()._cdata)
+        return self._storages.get(_memory(tensor)[0])
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """What tells a tensor's storage from others while it lives, and its bytes (none of its own if it is sparse)."""
+    if tensor.layout is torch.strided:
+        storage = tensor.untyped_storage()
+        return storage._cdata, storage.nbytes()
+    return -id(tensor), 0

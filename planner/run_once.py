@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, TargetError
 from .attention import stays_whole, whole_attention
 from .blame import blame, describe, running_line
+from .budget import Budget
 from .chain import ReplayInexact, Span, build_chain
 from .chance import Chance
 from .fake_run import FakeRun
@@ -25,13 +27,14 @@ from .fold import Folded, fold
 from .graph import Parameter
 from .grouped import grouped_mm, takes
 from .inputs import Inputs
+from .own_checkpoints import checkpoint_inputs
 from .recorder import Recorder
 from .recording import Recording
 from .replay import Replayer
 from .stand_in import FakeModel, RealModel
 from .target import Target
 from .user_module import user_code
-from .values import Values
+from .values import Values, real_tensors
 
 
 @dataclass(slots=True)
@@ -72,7 +75,9 @@ class _Steady(TorchFunctionMode):
         if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):
             return grouped_mm(*args, **kwargs)
         if func in _LEAVES_TORCH and self.recorder.fake is not None:
-            return func(self.recorder.fake.read_whole(args[0], func.__name__), *args[1:], **kwargs)
+            value = self.recorder.fake.read_whole(args[0], func.__name__)
+            with real_tensors():
+                return func(value, *args[1:], **kwargs)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu(args[1]):
@@ -115,18 +120,27 @@ def same_draws() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_if_real() -> Iterator[None]:
-    """transformers treats fake tensors in ways of its own (it keeps masks that hide nothing); here they have values."""
-    module = sys.modules.get("transformers.utils.import_utils")
-    before = getattr(module, "is_fake_tensor", None)
-    if before is None:
-        yield
-        return
-    module.is_fake_tensor = lambda tensor: False  # type: ignore[union-attr]
+def _as_if_real(recorder: Recorder) -> Iterator[None]:
+    """Fake tensors pass for real ones, as they have values (transformers keeps fake masks that hide nothing)."""
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        assert recorder.fake is not None
+        value = recorder.fake.read_whole(tensor, "tolist")
+        with real_tensors():
+            return value.tolist()
+
+    changed: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", tolist)]
+    transformers = sys.modules.get("transformers.utils.import_utils")
+    if hasattr(transformers, "is_fake_tensor"):
+        changed.append((transformers, "is_fake_tensor", lambda tensor: False))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
     try:
+        for owner, name, value in changed if recorder.fake is not None else ():
+            setattr(owner, name, value)
         yield
     finally:
-        module.is_fake_tensor = before  # type: ignore[union-attr]
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -174,6 +188,9 @@ def run_once(
     model = stand_in.model
     recorder, chance = Recorder(model, stand_in.empty), Chance(low)
     recorder.on_call = chance.reset
+    limits = stand_in.limits
+    if limits.bounded or limits.until is not None:
+        recorder.on_operator = Budget(recorder, stand_in.borders.opened, limits.until).operator
     for name, tensor in model.named_parameters():
         recorder.storage_of(recorder.register(tensor, "parameter", name)).weight_like = True
     for name, tensor in model.named_buffers():
@@ -189,7 +206,7 @@ def run_once(
         try:
             with (
                 _quiet_torch(),
-                _as_if_real(),
+                _as_if_real(recorder),
                 chance.active(),
                 user_code(doing, target._source.folder),
                 _blaming(doing, target),
@@ -202,7 +219,7 @@ def run_once(
     for parameter in model.parameters():
         parameter.grad = None
     stand_in.borders.settle(recorder.recording)
-    spans = build_chain(recorder.recording, stand_in.borders.opened)
+    spans = build_chain(recorder.recording, stand_in.borders.opened, limits.looped)
     data_decides = stand_in.data_decides or any(read.sizes for read in recorder.recording.reads)
     folded = fold(recorder.recording, spans, parameters, data_decides)
     return Run(
@@ -241,7 +258,7 @@ def _forward_backward(
 ) -> str:
     """Run the model, and say which loss was taken."""
     model = recorder.model
-    with recorder.watch(), steady:
+    with recorder.watch(), steady, checkpoint_inputs(recorder.keep):
         if full:
             output = model(*inputs.args, **inputs.kwargs)
         else:
@@ -254,6 +271,6 @@ def _forward_backward(
                 f"The loss of {target.name} depends on no trainable parameter.",
                 "Return a loss computed from the model's output, without detach() or no_grad().",
             )
-        recorder.in_backward = True
+        recorder.begin_backward(loss)
         loss.backward()
     return described

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .budget import Limits
 from .chain import Borders
 from .graph import Parameter
 from .signature import repeated_lists
@@ -25,9 +26,12 @@ class RealModel:
         Which modules are looked into.
     data_decides : bool
         Whether sizes may depend on values.
+    limits : Limits
+        How runs treat loops over time steps.
     """
 
     data_decides = True
+    limits = Limits()
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.model = model

@@ -15,11 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ModelError
 from .affine import NotAffine, NotLinear, fit, merge
+from .budget import Limits, TimeLoop
 from .chain import ReplayInexact, output_leaf, sources
 from .fake_run import NEEDS_DATA
 from .fold import align, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
 from .graph_view import absolute, shared_saved
+from .lengths import grids, trace_loops
 from .opaque import opaque_parts, read_notes
 from .run_once import Run, run_once, same_draws
 from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
@@ -81,9 +83,33 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
     model = target.build("meta").train()
     parameters = describe_parameters(model)
     tied = tied_parameters(model)
+    fake = FakeModel(model, precision)
+
+    def at(length: int, limits: Limits) -> ModelGraph:
+        fake.limits = limits
+        every = full or bool(limits.looped)
+        return _trace(fake, target, length, parameters, tied, precision, every)
+
+    try:
+        return at(sequence_length, Limits(bounded=not full))
+    except TimeLoop as loop:
+        return trace_loops(at, sequence_length, tuple(grids(model)), loop.fqn)
+
+
+def _trace(
+    fake: FakeModel,
+    target: Target,
+    sequence_length: int,
+    parameters: Mapping[str, Parameter],
+    tied: tuple[tuple[str, ...], ...],
+    precision: str,
+    full: bool,
+) -> ModelGraph:
+    """Trace at one sequence length, on real tensors if data decides."""
+    stand_in: RealModel = fake
+    model = fake.model
     notes: list[str] = []
     try:
-        stand_in: RealModel = FakeModel(model, precision)
         runs = _runs(stand_in, target, sequence_length, parameters, full, notes)
     except ModelError as error:
         cause = error.__cause__
@@ -208,7 +234,7 @@ def _assemble(
         graph,
         units=units,
         opaque=opaque_parts(graph, rec, inexact or ()),
-        notes=(*graph.notes, *read_notes(graph, tuple(rec.reads))),
+        notes=(*graph.notes, *read_notes(graph, rec)),
     )
 
 

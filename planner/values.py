@@ -124,7 +124,8 @@ class Values:
             if not value.dtype.is_floating_point:
                 self._origin[number] = Origin.EXACT
             return
-        self._kept[number] = value.detach()
+        with real_tensors():
+            self._kept[number] = value.detach()
         self._origin[number] = origin
 
     def note(
@@ -166,7 +167,7 @@ class Values:
         ModelError
             If the values of too large a tensor would be needed.
         """
-        with _real_tensors():
+        with real_tensors():
             return self._read(number, scalar)
 
     def _read(self, wanted: int, scalar: bool) -> torch.Tensor:
@@ -263,7 +264,7 @@ class Values:
 
 
 @contextlib.contextmanager
-def _real_tensors() -> Iterator[None]:
+def real_tensors() -> Iterator[None]:
     """Run operators plainly: unseen by modes and autograd, the random state kept."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         yield
