@@ -56,7 +56,7 @@ def _plan(member: Member, folder: Path, found: dict[str, Any]) -> None:
     """Trace at the real size and plan for 16 GPUs."""
     from tpplan.planner.suggest import suggest_in_detail
 
-    target = _load(member, folder, small=False, precision="bf16")
+    target = _load(member, folder, small=False, precision=member.precision)
     found["seq"] = seq = _sequence(member, target)
     spec, arguments = member.target(folder)
     done = suggest_in_detail(
@@ -67,6 +67,7 @@ def _plan(member: Member, folder: Path, found: dict[str, Any]) -> None:
         global_batch=GLOBAL_BATCH,
         model_args=arguments,
         inputs=member.inputs,
+        precision=member.precision,
         time_limit_s=60,
     )
     graph, plan, sharding = done.graph, done.plan, done.sharding
@@ -101,7 +102,7 @@ def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
     """FLOPs, parameters and unused parameters as torch counts them, at the real size where that ends soon."""
     from oracle import count
 
-    target = _load(member, folder, small=False, precision="bf16")
+    target = _load(member, folder, small=False, precision=member.precision)
     model = target.build("meta")
     found["oracle"] = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -112,11 +113,11 @@ def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
     if member.oracle_small or ours is None:
         from tpplan.planner.trace import trace
 
-        target, seq = _load(member, folder, small=True, precision="bf16"), member.small_seq
-        graph = trace(target, sequence_length=seq)
+        target, seq = _load(member, folder, small=True, precision=member.precision), member.small_seq
+        graph = trace(target, sequence_length=seq, precision=member.precision)
         ours = [graph.flops_forward.at(_ORACLE_BATCH), graph.flops_backward.at(_ORACLE_BATCH)]
         unused = sorted(graph.unused)
-    torchs = count(target, _ORACLE_BATCH, seq, "bf16")
+    torchs = count(target, _ORACLE_BATCH, seq, member.precision)
     found["oracle"] |= {
         "seq": seq,
         "small": member.oracle_small,

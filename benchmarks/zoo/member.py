@@ -82,6 +82,8 @@ class Member:
     oracle_small : bool
         Whether torch's FLOPs are counted on the small variant, because the real size takes too long without folding
         (loops over time steps).
+    precision : str
+        "fp32" where the model's own code mixes float32 buffers with weights, which pure bfloat16 refuses.
     executed : bool
         Whether the small variant is run on gloo processes.
     why_not : str
@@ -101,6 +103,7 @@ class Member:
     inputs: tuple[str, ...] = ()
     batch_coupled: bool = False
     oracle_small: bool = False
+    precision: str = "bf16"
     executed: bool = True
     why_not: str = ""
 

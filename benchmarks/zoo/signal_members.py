@@ -115,6 +115,7 @@ AUDIO: tuple[Member, ...] = (
         "audio",
         "encodec",
         "EncodecModel",
+        precision="fp32",
         seq=24000,
         config={"sampling_rate": 24000},
         small={"num_filters": 4, "hidden_size": 16, "codebook_size": 16, "codebook_dim": 16, "num_lstm_layers": 1},

@@ -41,6 +41,7 @@ VISION: tuple[Member, ...] = (
         "vision",
         "swinv2",
         "Swinv2ForImageClassification",
+        precision="fp32",
         small={
             "image_size": 32,
             "patch_size": 2,
@@ -219,6 +220,7 @@ VISION: tuple[Member, ...] = (
         "vision",
         "detr",
         "DetrForObjectDetection",
+        precision="fp32",
         seq=512,
         config={"backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}},
         small={
@@ -232,6 +234,7 @@ VISION: tuple[Member, ...] = (
         "vision",
         "deformable_detr",
         "DeformableDetrForObjectDetection",
+        precision="fp32",
         seq=512,
         config={"backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}},
         small={
