@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import PlanFileError
 
+_FUNCTIONS = ("split", "chunk", "unflatten", "reshape", "transpose", "permute", "unsqueeze", "squeeze")
+
 
 def pack(full: torch.Tensor, sizes: Sequence[int], degree: int, dim: int) -> torch.Tensor:
     """Reorder `full` along `dim` from segment-major to rank-major.
@@ -150,6 +152,39 @@ class PackedOutput:
             self._refuse(f"unflatten({dim}, {tuple(sizes)})")
         return self.view(*self.shape[: self._dim], *sizes)
 
+    def transpose(self, dim0: int, dim1: int) -> PackedOutput:
+        """Two dimensions exchanged; the packed one may be among them."""
+        places = list(range(self.ndim))
+        places[dim0 % self.ndim], places[dim1 % self.ndim] = dim1 % self.ndim, dim0 % self.ndim
+        return self._moved(self._local.permute(places), places.index(self._dim))
+
+    def permute(self, *dims: Any) -> PackedOutput:
+        """The dimensions in another order."""
+        order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        places = [dim % self.ndim for dim in order]
+        return self._moved(self._local.permute(places), places.index(self._dim))
+
+    def unsqueeze(self, dim: int) -> PackedOutput:
+        """A dimension of one more."""
+        place = dim % (self.ndim + 1)
+        return self._moved(self._local.unsqueeze(place), self._dim + (place <= self._dim))
+
+    def squeeze(self, dim: int) -> PackedOutput:
+        """A dimension of one less."""
+        place = dim % self.ndim
+        if place == self._dim:
+            self._refuse(f"squeeze({dim})")
+        fewer = self._local.shape[place] == 1
+        return self._moved(self._local.squeeze(place), self._dim - (fewer and place < self._dim))
+
+    @property
+    def mT(self) -> PackedOutput:  # noqa: N802  (torch's name)
+        """The last two dimensions exchanged."""
+        return self.transpose(-2, -1)
+
+    def _moved(self, local: torch.Tensor, dim: int) -> PackedOutput:
+        return PackedOutput(local, self._mesh, dim, self._sizes, self._owner)
+
     def contiguous(self) -> PackedOutput:
         """Itself: each segment is made contiguous where that is needed."""
         return self
@@ -195,7 +230,7 @@ class PackedOutput:
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         first = args[0] if args else None
-        if isinstance(first, PackedOutput) and name in ("split", "chunk", "unflatten", "reshape"):
+        if isinstance(first, PackedOutput) and name in _FUNCTIONS:
             return getattr(first, name)(*args[1:], **(kwargs or {}))
         owner = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, PackedOutput))
         owner._refuse(name)

@@ -48,6 +48,8 @@ def sum_gradient(tensor: Any) -> Any:
     seen = getattr(tensor, _SUMMED, None)
     if seen is True:
         return tensor
+    if tensor.is_leaf:  # a parameter outlives the microbatch, whose sum must not
+        return _summed(tensor)
     if seen is None:
         seen = _summed(tensor)
         setattr(tensor, _SUMMED, seen)
