@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 from .kernels import OpInfo
 
+_ALIKE = "add sub mul div neg exp sqrt rsqrt reciprocal sigmoid tanh silu gelu relu sigmoid_backward tanh_backward"
+ALIKE = frozenset(f"{_ALIKE} silu_backward gelu_backward".split())  # one element out for each in, of their dtype
 _VIEWS = "view select slice unsqueeze squeeze expand permute transpose t detach alias split split_with_sizes unbind"
 _POINTWISE = "add sub mul div neg exp log sqrt rsqrt reciprocal pow sigmoid tanh silu gelu relu softplus cos sin"
 _BACKWARD = "sigmoid_backward tanh_backward silu_backward gelu_backward threshold_backward softplus_backward"
@@ -28,6 +30,8 @@ def quick(mode: FakeTensorMode, func: Any, info: OpInfo, args: Sequence[Any], kw
     """The operator's result, or `NotImplemented` where only `FakeTensorMode` knows it."""
     if info.base not in QUICK or info.namespace != "aten" or not _plain(args) or not _plain(kwargs.values()):
         return NotImplemented
+    if info.base in ALIKE and not kwargs and (alike := _alike(args)) is not None:
+        return FakeTensor(mode, torch.empty(alike[0], dtype=alike[1], device="meta"), _CPU)
     with in_kernel_invocation_manager(mode):
         result = func(*args, **kwargs)
     if info.written:
@@ -35,6 +39,21 @@ def quick(mode: FakeTensorMode, func: Any, info: OpInfo, args: Sequence[Any], kw
     if isinstance(result, (list, tuple)):
         return type(result)([FakeTensor(mode, t, _CPU) for t in result])
     return FakeTensor(mode, result, _CPU)
+
+
+def _alike(args: Sequence[Any]) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and dtype of an element-wise result, if all that it reads is contiguous and of that floating dtype."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    dtype, largest = tensors[0].dtype, max(tensors, key=torch.Tensor.dim)
+    shape = tuple(largest.shape)
+    if not dtype.is_floating_point or any(isinstance(a, (str, complex)) for a in args):
+        return None
+    for t in tensors:
+        if t.dtype != dtype or not t.dim() or not t.is_contiguous():
+            return None
+        if any(n not in (1, m) for n, m in zip(reversed(t.shape), reversed(shape), strict=False)):
+            return None
+    return shape, dtype
 
 
 def _plain(values: Any) -> bool:
