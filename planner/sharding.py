@@ -1,7 +1,7 @@
 """Which tensor-parallel layout a traced model allows: a style for each layer, found from its operators alone.
 
 The search is in `sharding_search.py`, the rules of the operators in `sharding_rules.py` and `sharding_shapes.py`.
-The residual stream between units stays whole (no sequence parallelism yet).
+The residual stream between units stays whole; `sharding_sequence.py` finds whether it could be split too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..units import DTYPE_BYTES
 from .graph import ModelGraph, UnitClass
 from .sharding_search import Search
+from .sharding_sequence import SequenceParallel, sequence_parallel
 from .sharding_states import Collective, Outcome, Split, absolute
 from .sharding_styles import Style, is_split, unit_styles
 
@@ -44,6 +45,7 @@ class Sharding:
     parts : sizes that tp must divide, with what they belong to
     reasons : for people: what limits the degrees, which large layers stay whole and why
     sharded_share : share of the parameter bytes that tp divides
+    sequence : whether the stream between row and col layers may be split along its tokens too, and whose work that is
     """
 
     classes: tuple[ClassSharding, ...]
@@ -54,6 +56,12 @@ class Sharding:
     parts: tuple[tuple[int, str], ...]
     reasons: tuple[str, ...]
     sharded_share: float
+    sequence: SequenceParallel = SequenceParallel(False)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether norms, dropouts and residual sums may run on 1/tp of the tokens."""
+        return self.sequence.possible
 
     def of_class(self, index: int) -> ClassSharding:
         """What tp does to class `index`."""
@@ -98,6 +106,7 @@ def _sharding(search: Search) -> Sharding:
         parts=_parts(search),
         reasons=tuple(_reasons(search, split)),
         sharded_share=_share(search, split),
+        sequence=sequence_parallel(search),
     )
 
 

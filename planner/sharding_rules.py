@@ -200,10 +200,10 @@ class Interpreter(Walk):
             return [per_channel_norm(self, op, base, state), *[Whole()] * (n - 1)]
         if base in CHANNELWISE:
             return [through_channels(op, base, len(self.sizes[tensor]), state)] * n
-        if state.outer > 1:
-            raise Conflict(sources, f"{base} on merged dimensions")
         if base in ("native_layer_norm", "_fused_rms_norm"):
             return [through_norm(op, self.sizes, tensor, state)] * n
+        if state.outer > 1:
+            raise Conflict(sources, f"{base} on merged dimensions")
         if base in ("cat", "stack"):
             return [
                 through_join(op, base, self.sizes, splits, sources, lambda t, d: meet_whole(self, op, t, d, sources))

@@ -21,6 +21,7 @@ from .sharding_walk import inside
 
 _VOCAB_DEGREES = 8  # a vocabulary is split only if every other legal degree up to this divides it
 _SMALL_OUTPUT = 16  # an output is gathered if the weight is so many times larger than it (for one sample)
+_MOST_RESETS = 8  # per layer of a class
 _MINOR_SHARE = 0.05  # layers below this share of the parameters may not narrow the choice of tp
 
 Key = tuple[int, str]  # class index, module FQN relative to the unit
@@ -35,11 +36,15 @@ class Search:
     opaque: list[set[str]] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     layers: list[dict[str, Layer]] = field(default_factory=list)
+    order: list[dict[str, int]] = field(default_factory=list)
     decisions: dict[Key, Decision] = field(default_factory=dict)
+    initial: dict[Key, Decision] = field(default_factory=dict)
     why: dict[Key, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     prefix: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    settled: set[Key] = field(default_factory=set)  # decided by a rule that spans classes
+    resets: int = 0
 
     def run(self) -> None:
         """Interpret, settle what spans classes, repeat until nothing changes."""
@@ -70,6 +75,8 @@ class Search:
                 if layer.kind == "embedding":
                     style = "vocab" if 2 * layer.numel >= largest else "replicate"
                 self.decisions[index, fqn] = Decision(style)
+            self.order.append({fqn: place for place, fqn in enumerate(layers)})
+        self.initial = dict(self.decisions)
 
     def _opaque_in(self, cls: UnitClass) -> set[str]:
         """Opaque modules inside the units of a class, relative to them; "" if a whole unit is."""
@@ -127,6 +134,8 @@ class Search:
         """Change the style of the layers that a conflict names."""
         keys = [(index, fqn) for fqn in sorted(conflict.modules)]
         changed = [self._give_up(key, conflict.reason, conflict.packed) for key in keys]
+        if any(changed):
+            self._try_again_behind(index, [key for key, moved in zip(keys, changed, strict=True) if moved])
         if conflict.weight:
             for key in self._owners(conflict.weight):
                 self._replicate(key, conflict.reason)
@@ -136,6 +145,20 @@ class Search:
             changed.append(True)
         if not any(changed):
             raise AssertionError(f"{conflict} changes nothing")
+
+    def _try_again_behind(self, index: int, changed: list[Key]) -> None:
+        """Layers that run after those that changed may have given way to a split that is no more: col again.
+
+        Only later layers are tried again, so this ends; the count guards against a long search in large units.
+        """
+        order = self.order[index]
+        first = min(order[fqn] for _, fqn in changed)
+        for fqn in self.layers[index]:
+            key = (index, fqn)
+            again = order[fqn] > first and key not in self.settled
+            if again and self.decisions[key] != self.initial[key] and self.resets < _MOST_RESETS * len(order):
+                self.decisions[key] = self.initial[key]
+                self.resets += 1
 
     def _give_up(self, key: Key, reason: str, packed: tuple[int, ...] = ()) -> bool:
         """Move one layer to the next style: col, then packed or gather if they fit, then replicate."""
@@ -148,7 +171,7 @@ class Search:
             self.decisions[key] = Decision("gather")
         else:
             self.decisions[key] = Decision("replicate")
-            self.why[key] = reason
+            self.why.setdefault(key, reason)
         return True
 
     def _gathers(self, key: Key) -> bool:
@@ -242,6 +265,7 @@ class Search:
                     self._replicate((index, fqn), "too small to be worth it")
 
     def _replicate(self, key: Key, reason: str) -> None:
+        self.settled.add(key)
         self.decisions[key] = Decision("replicate")
         self.why.setdefault(key, reason)
 
