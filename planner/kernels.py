@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from .graph import Affine, Kernel
+from .rnn import is_rnn, rnn_products
 
 aten = torch.ops.aten
 
@@ -182,19 +183,44 @@ def _convolution_flops(x: Any, weight: Any, output: Any, transposed: bool) -> in
     return n * per_element
 
 
+def _convolution_dims(x: Any, weight: Any, output: Any, groups: int, transposed: bool) -> tuple[int, ...]:
+    """(n, c_in, c_out, groups, output elements of a channel, weight elements of a channel pair, transposed 0/1)."""
+    spatial = output.shape[2:].numel()
+    return (x.shape[0], x.shape[1], output.shape[1], groups, spatial, weight.shape[2:].numel(), int(transposed))
+
+
 def _convolution_backward(info: OpInfo, args: Sequence[Any], outputs: Sequence[Any]) -> list[Kernel]:
     grad, x, weight = args[:3]
     transposed, mask = bool(args[7]), args[10]
     flops = _convolution_flops(x, weight, grad, transposed)
+    dims = tuple(Affine(d) for d in _convolution_dims(x, weight, grad, args[9], transposed))
     found: list[Kernel] = []
     produced = list(outputs)
     for wanted, wrt, other, result in ((mask[0], "input", weight, 0), (mask[1], "weight", x, 1)):
         if wanted and produced[result] is not None:
             moved = _bytes(grad) + _bytes(other) + _bytes(produced[result])
             found.append(
-                Kernel(info.name, "conv", Affine(flops), Affine(moved), (), _dtype(grad), wrt),
+                Kernel(info.name, "conv", Affine(flops), Affine(moved), dims, _dtype(grad), wrt),
             )
     return found
+
+
+def _rnn_kernels(info: OpInfo, args: Sequence[Any], moved: float) -> list[Kernel]:
+    """The kernels of a recurrent network; the backward's bytes are shared by its two."""
+    products = rnn_products(info.base, args)
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    return [
+        Kernel(
+            info.name,
+            "gemm",
+            Affine(flops),
+            Affine(moved / len(products)),
+            tuple(Affine(d) for d in dims),
+            _dtype(tensor),
+            wrt,
+        )
+        for wrt, flops, dims in products
+    ]
 
 
 def _dtype(tensor: torch.Tensor) -> str:
@@ -214,7 +240,8 @@ def price(
         Why the call has no cost formula ("" if it has one).
     """
     leaves = list(result) if isinstance(result, (list, tuple)) else [result]
-    outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
+    flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, list) else [leaf])]
+    outputs = [t for t in flat if isinstance(t, torch.Tensor)]
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     first = outputs[0] if outputs else tensors[0] if tensors else None
     dtype = _dtype(first) if first is not None else "float32"
@@ -234,13 +261,17 @@ def price(
         offsets = args[2] if len(args) > 2 else kwargs.get("offs")
         dims = _grouped_dims(args[0], args[1], args[0].shape[0] if offsets is None else offsets.shape[0])
         return [make("gemm", round(2 * dims[0] * dims[1] * dims[2] * dims[3]), dims, args[0].dtype)], ""
+    if is_rnn(info.base):
+        return _rnn_kernels(info, args, moved), ""
     if info.namespace not in ("aten", "prims", "prim"):
         return [make("memory", 0)], f"{info.name} has no cost formula; priced by its bytes"
     if info.base == "convolution_backward":
         return _convolution_backward(info, args, leaves), ""
     if info.base in _CONVOLUTION:
-        transposed = bool(args[6]) if info.base == "convolution" else False
-        return [make("conv", _convolution_flops(args[0], args[1], outputs[0], transposed))], ""
+        x, weight, output = args[0], args[1], outputs[0]
+        transposed, groups = (bool(args[6]), args[8]) if len(args) > 8 and "cudnn" not in info.base else (False, 1)
+        dims = _convolution_dims(x, weight, output, groups, transposed)
+        return [make("conv", _convolution_flops(x, weight, output, transposed), dims)], ""
     if info.base in _GEMM:
         dims = _gemm_dims(info.base, args)
         return [make("gemm", 2 * dims[0] * dims[1] * dims[2] * dims[3], dims, tensors[-1].dtype)], ""
