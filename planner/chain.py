@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -15,7 +15,11 @@ LARGEST_SHARE = 4  # a unit with more than 1/4 of the FLOPs leaves no choice of 
 
 @dataclass(slots=True)
 class Span:
-    """One unit of one recording: its module call, its operators, and the tensors that cross its border."""
+    """One unit of one recording: its module call, its operators, and the tensors that cross its border.
+
+    `done` are calls of modules that are looked into, and are called once, that ended before the unit's call began
+    and after the one before did: what they return is made by the unit's glue.
+    """
 
     position: int
     call: RawCall
@@ -26,6 +30,7 @@ class Span:
     outputs: list[int] = field(default_factory=list)
     template: int = -1
     renamed: dict[int, int] = field(default_factory=dict)
+    done: list[int] = field(default_factory=list)
     replicated: bool = False
     cut_after: bool = False
     wire: tuple[tuple[int, int], ...] = ()
@@ -177,9 +182,33 @@ def build_chain(rec: Recording, opened: set[str], looped: frozenset[str] = froze
     spans[-1].calls += waiting
     for span in spans:
         span.glue = {op.index for op in span.ops if op.call < 0 or owner[op.call] < 0}
+    _find_done(rec, spans, opened)
     _connect(rec, spans)
     _mark_cuts(rec, spans, _mark_replicated(rec, spans))
     return spans
+
+
+def _find_done(rec: Recording, spans: Sequence[Span], opened: Collection[str]) -> None:
+    calls: dict[str, list[RawCall]] = {}
+    for call in rec.calls:
+        if call.fqn in opened:
+            calls.setdefault(call.fqn, []).append(call)
+    once = [of[0] for fqn, of in calls.items() if fqn and len(of) == 1]
+    for call in once:
+        after = (
+            s for s in spans if s.call.index > call.index and s.call.start >= call.end and not _within(rec, s, call)
+        )
+        span = next(after, None)
+        if span is not None:
+            span.done.append(call.index)
+
+
+def _within(rec: Recording, span: Span, call: RawCall) -> bool:
+    """Whether the unit runs inside `call`."""
+    parent = span.call.parent
+    while parent >= 0 and parent != call.index:
+        parent = rec.calls[parent].parent
+    return parent >= 0
 
 
 def _connect(rec: Recording, spans: list[Span]) -> None:
@@ -271,6 +300,7 @@ def _mark_cuts(rec: Recording, spans: list[Span], everywhere: set[int]) -> None:
         for t in span.inputs:
             last_use[t] = span.position
     returned = {t for span in spans for call in span.calls for t in _own_outputs(rec, span, call)}
+    returned |= {t for span in spans for call in span.done for t in rec.calls[call].outputs}
     live: set[int] = set()
     for span in spans[:-1]:
         live |= {t for t in span.outputs if t not in everywhere}
@@ -287,7 +317,7 @@ def _own_outputs(rec: Recording, span: Span, call: int) -> Iterable[int]:
 
 def output_leaf(rec: Recording, span: Span, tensor: int) -> tuple[str, int, int]:
     """(module FQN, call, leaf index) that returns `tensor` from this unit, or ("", 0, -1) if none does."""
-    for raw in (span.call, *(rec.calls[c] for c in span.calls)):
+    for raw in (span.call, *(rec.calls[c] for c in (*span.calls, *span.done))):
         if tensor in raw.outputs:
             return (raw.fqn, raw.number, raw.outputs.index(tensor))
     return ("", 0, -1)

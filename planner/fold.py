@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from .chain import ReplayInexact, Span
 from .graph import Affine, Op, Parameter, Ref, Tensor, UnitClass
 from .liveness import backward_curve, forward_curve
 from .recording import RawOp, Recording
-from .signature import rate
+from .signature import plain_arguments
 
 
 @dataclass(slots=True)
@@ -155,10 +155,13 @@ def _skeleton(cls: UnitClass) -> tuple[Any, ...]:
     return (cls.module_type, ops, tensors, cls.parameters, cls.inputs, cls.outputs)
 
 
-def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter], by_structure: bool) -> Folded:
+def fold(
+    rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter], by_structure: Collection[str] = ()
+) -> Folded:
     """Number the distinct classes of the units in order of first appearance.
 
-    `by_structure` (where data decides sizes): units that differ in sizes only are one class, the first's.
+    `by_structure` are FQNs of units where data decides sizes: if they differ in sizes only they are one class, the
+    first's.
 
     Raises
     ------
@@ -175,7 +178,10 @@ def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter],
         saved = _saved_storages(rec, span)
         kept = set(saved) | {rec.tensors[t].storage for t in span.outputs}
         forward, backward = forward_curve(rec, span.ops, kept), backward_curve(rec, span.ops, set(saved))
-        key = _skeleton(found) if by_structure else replace(found, ops=tuple(_without_rates(op) for op in found.ops))
+        if span.call.fqn in by_structure:
+            key = _skeleton(found)
+        else:
+            key = replace(found, ops=tuple(_without_rates(op) for op in found.ops))
         index = known.get(key)
         if index is None:
             index = known[key] = len(folded.classes)
@@ -186,7 +192,7 @@ def fold(rec: Recording, spans: list[Span], parameters: Mapping[str, Parameter],
             folded.forward_curves[index] = _worse(folded.forward_curves[index], forward)
             folded.backward_curves[index] = _worse(folded.backward_curves[index], backward)
         folded.class_of.append(index)
-    _check_templates(spans, folded)
+    _check_templates(spans, folded, by_structure)
     return folded
 
 
@@ -205,7 +211,7 @@ def align(runs: Sequence[Folded]) -> None:
         run.class_of = [distinct.index(key) for key in keys]
 
 
-def _check_templates(spans: list[Span], folded: Folded) -> None:
+def _check_templates(spans: list[Span], folded: Folded, by_structure: Collection[str]) -> None:
     """The last of each run of equal layers must be like the layer that stands for the replayed ones.
 
     But for one thing: where gradients of several layers add up, the layer that is first in backward adds none.
@@ -216,25 +222,21 @@ def _check_templates(spans: list[Span], folded: Folded) -> None:
         template = by_call.get(span.call.like)
         if template is not None and template.position in stand_ins and span.template < 0:
             ours, theirs = (folded.classes[folded.class_of[s.position]] for s in (span, template))
-            if not _alike(ours, theirs, span is spans[-1]):
+            if not _alike(ours, theirs, span is spans[-1], span.call.fqn in by_structure):
                 raise ReplayInexact(f"{span.call.fqn} differs from {template.call.fqn}")
 
 
-def _alike(cls: UnitClass, template: UnitClass, is_last: bool) -> bool:
+def _alike(cls: UnitClass, template: UnitClass, is_last: bool, by_structure: bool) -> bool:
     """Whether the classes agree but for sums of gradients, and for what the last unit of the model runs after it."""
     a, b = _without_sums(cls), _without_sums(template)
+    if by_structure:
+        return _skeleton(a)[1][: len(b.ops)] == _skeleton(b)[1] if is_last else _skeleton(a) == _skeleton(b)
     return a.ops[: len(b.ops)] == b.ops if is_last else a == b
 
 
 def _without_rates(op: Op) -> Op:
     """The operator without its scale factors and dropout rates, which change no figure."""
-    return replace(op, args=_rates(op.args))
-
-
-def _rates(value: Any) -> Any:
-    if isinstance(value, tuple) and not isinstance(value, (Affine, Ref)):
-        return tuple(_rates(v) for v in value)
-    return rate(value) if isinstance(value, float) else value
+    return replace(op, args=plain_arguments(op.name, op.args))
 
 
 def _without_sums(cls: UnitClass) -> UnitClass:

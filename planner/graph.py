@@ -224,8 +224,9 @@ class Unit:
     from the model's inputs alone (rotary tables, masks): every stage runs them. `cut_after` says whether the
     pipeline may be cut right after this unit, and `wire` are the (unit position, output index) pairs
     that such a cut sends to the next stage. `output_leaves` names each class output as (module FQN, call, index
-    among the tensors that this call returns, in pytree order), ("", 0, -1) for one that no module call of this
-    unit returns. `shared_saved` says how many of the class's `saved_bytes` are storages that an earlier unit keeps
+    among the tensors that this call returns, in pytree order): the unit's own call, or that of a module around
+    earlier units that has ended (its own operators after them are this unit's glue); ("", 0, -1) for one that no
+    such call returns. `shared_saved` says how many of the class's `saved_bytes` are storages that an earlier unit keeps
     too, as (that unit's position, bytes) with the nearest such unit: units a to b together keep the sum of their
     `saved_bytes` less what is shared with a unit at or after a.
     """

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .graph import Ref
 from .recorder import Recorder
-from .signature import LISTS, rate
+from .signature import LISTS, plain_arguments, rate
 
 _FEWEST = 4  # first two and last are real: with fewer members there is nothing between
 
@@ -173,7 +173,13 @@ class Replayer:
         numbers: dict[int, int] = {}
         items: list[Any] = []
         for op in rec.ops[start:]:
-            items.append((op.name, rec.calls[op.call].fqn if op.call >= 0 else "", _numbered(op.args, numbers)))
+            items.append(
+                (
+                    op.name,
+                    rec.calls[op.call].fqn if op.call >= 0 else "",
+                    _numbered(plain_arguments(op.name, op.args), numbers),
+                )
+            )
             items.append(tuple(numbers.setdefault(t, len(numbers)) for t in op.outputs))
         for raw in numbers:
             t = rec.tensors[raw]
@@ -296,4 +302,4 @@ def _numbered(value: Any, numbers: dict[int, int]) -> Any:
         return Ref(numbers.setdefault(value.tensor, len(numbers)))
     if isinstance(value, tuple):
         return tuple(_numbered(v, numbers) for v in value)
-    return rate(value) if isinstance(value, float) else (type(value).__name__, value)
+    return (type(value).__name__, value)

@@ -29,6 +29,23 @@ def rate(value: float) -> float:
     return 0.5
 
 
+def plain_arguments(name: str, args: Any) -> Any:
+    """Arguments of an operator without what changes no figure: scale factors, rates, and which row is selected.
+
+    >>> plain_arguments("aten.mul.Tensor", (0.3,)) == plain_arguments("aten.mul.Tensor", (0.7,))
+    True
+    """
+    if name == "aten.select.int":
+        args = args[:2]
+    return _rates(args)
+
+
+def _rates(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(_rates(v) for v in value)
+    return rate(value) if isinstance(value, float) else value
+
+
 def _plain(value: Any) -> Iterator[Any]:
     """`value` flattened to simple items; objects by their type only."""
     if isinstance(value, float):
@@ -107,7 +124,7 @@ def groups(modules: Sequence[nn.Module]) -> list[list[int]]:
 def repeated_lists(model: nn.Module) -> dict[str, list[list[nn.Module]]]:
     """Lists of blocks: FQN of the list (or of the module whose attributes they are) -> groups of equal members.
 
-    A list holds blocks if two members are equal, or if two are of one type with submodules of its own and none
+    A list holds blocks if two members are equal, or if two are of one type with two weight matrices or more and none
     holds such a list itself. A member of such a list is one block, and lists inside it are not looked at; unless
     it is a stage, which does little but run a list of its own.
     """
@@ -157,12 +174,13 @@ def _holds_blocks(members: Sequence[nn.Module]) -> bool:
 
 
 def _repeats_a_type(members: Sequence[nn.Module]) -> bool:
-    kinds = [type(m) for m in members if composite(m)]
+    """Whether two members of one type have submodules and more than one weight matrix (no convolution and its norm)."""
+    kinds = [type(m) for m in members if composite(m) and sum(p.dim() > 1 for p in m.parameters()) > 1]
     return len(set(kinds)) < len(kinds)
 
 
 def _holds_lists(module: nn.Module) -> bool:
-    """Whether a list of modules that have submodules is somewhere inside."""
+    """Whether a list that repeats a type is somewhere inside."""
     return any(isinstance(inner, LISTS) and _repeats_a_type(list(inner.children())) for inner in module.modules())
 
 

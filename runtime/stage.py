@@ -85,12 +85,15 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
     outputs, border = {}, Border()
     if len(plan.stages) > 1:
         everyone = [fqn for stage in plan.stages for fqn in stage.modules]
-        outputs = record_unit_outputs(model, everyone, example, compute_dtype)
+        around = modules_around(plan)
+        outputs = record_unit_outputs(model, [*everyone, *around], example, compute_dtype)
         border.receives = tuple(parse_wire(name, outputs) for name in section.receives)
         border.sends = tuple(parse_wire(name, outputs) for name in section.sends)
         for fqn in everyone:
             if fqn not in section.modules:
                 stub_unit(model, fqn, outputs, border, options.device)
+        for fqn in around & {wire.fqn for wire in border.receives}:  # it ended in an earlier stage
+            stub_unit(model, fqn, outputs, border, options.device)
         for name in [n for n, _ in model.named_parameters(remove_duplicate=False)]:
             if index not in holders[aliases[name]]:
                 hollow_parameter(model, name, options.device)
@@ -107,9 +110,16 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
         materialiser = Materialiser(tensors, plan.tensor_parallel, options.device)
         shard_parameters(part, model, units, plan, mesh, compute_dtype, materialiser)
     if index + 1 < len(plan.stages):
-        hook_own_units(model, section.modules, outputs, border, section.modules[-1])
+        ended_here = modules_around(plan) & ({w.fqn for w in border.sends} - {w.fqn for w in border.receives})
+        hook_own_units(model, [*section.modules, *sorted(ended_here)], outputs, border, section.modules[-1])
     mine = {aliases[name]: p for name, p in model.named_parameters()}
     return Stage(section, part, border, SharedParameters(holders, mine, mesh), compute_dtype)
+
+
+def modules_around(plan: Plan) -> set[str]:
+    """Modules around several units whose own results cross stage borders: levels that reshape what their units made."""
+    units = {fqn for stage in plan.stages for fqn in stage.modules}
+    return {name.rsplit(":", 2)[0] for stage in plan.stages for name in stage.sends} - units
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, str]:
