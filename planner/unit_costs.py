@@ -6,7 +6,7 @@ when issuing its operators takes longer than running them. Bytes come from the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..costmodels.collectives import collective_s
@@ -219,21 +219,21 @@ def saved_storages(cls: UnitClass) -> set[int]:
 
 
 EXPENSIVE = frozenset({"gemm", "attention", "conv", "embedding"})
-REDUCTIONS = ("mean", "sum", "var", "norm", "softmax", "amax")
 
 
 def saved_when_compiled(cls: UnitClass) -> set[int]:
     """Ids of the storages kept when the unit is compiled.
 
-    torch.compile keeps what is dear to recompute and runs element-wise operators again in backward: each saved
-    storage is traced back, through cheap operators, to outputs of matrix products, attention and convolutions,
-    and to the unit's inputs. What a matrix product reads is kept as it is where recomputing it would need a
-    reduction (a normalised activation). The compiler's min-cut keeps at most the eager bytes.
+    torch.compile keeps what is dear to recompute and runs element-wise operators again inside the backward kernels
+    that need them: each saved storage is traced back, through cheap operators, to outputs of matrix products,
+    attention and convolutions, and to the unit's inputs. What one of these reads is kept as it is, because it would
+    have to be written out again (ban_recompute_materialized_backward of torch's partitioner; measured: GELU's output
+    stays, which made compiled BERT and ViT need as much as eager ones). The min-cut keeps at most the eager bytes.
     """
     producer = {cls.tensors[t].base: op for op in reversed(cls.ops) for t in op.outputs}
     saved = saved_storages(cls)
-    read_by_gemm = {cls.tensors[t].base for op in cls.ops if op.forward.kind == "gemm" for t in op.inputs}
-    keep = {s for s in saved & read_by_gemm if needs_reduction(cls, producer, s)}
+    read = {cls.tensors[t].base for op in cls.ops if op.forward.kind in EXPENSIVE for t in op.inputs}
+    keep = saved & read
     seen: set[int] = set()
     todo = sorted(saved - keep)
     while todo:
@@ -244,24 +244,9 @@ def saved_when_compiled(cls: UnitClass) -> set[int]:
         op = producer.get(storage)
         if op is None or op.forward.kind in EXPENSIVE:
             keep.add(storage)
-        else:
+        elif storage not in keep:
             todo += [cls.tensors[t].base for t in op.inputs]
     return {t for t in keep if cls.tensors[t].kind not in ("parameter", "buffer", "constant")}
-
-
-def needs_reduction(cls: UnitClass, producer: Mapping[int, Op], storage: int) -> bool:
-    """Whether recomputing a storage from matrix products and inputs runs a reduction."""
-    seen: set[int] = set()
-    todo = [storage]
-    while todo:
-        op = producer.get(todo.pop())
-        if op is None or op.index in seen or op.forward.kind in EXPENSIVE:
-            continue
-        seen.add(op.index)
-        if any(word in op.name for word in REDUCTIONS):
-            return True
-        todo += [cls.tensors[t].base for t in op.inputs]
-    return False
 
 
 def unit_memory(
