@@ -7,8 +7,8 @@ The residual stream between units stays whole; `sharding_sequence.py` finds whet
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..units import DTYPE_BYTES
 from .graph import ModelGraph, UnitClass
@@ -18,6 +18,8 @@ from .sharding_states import Collective, Outcome, Split, absolute
 from .sharding_styles import Style, is_split, unit_styles
 
 _TOP_DEGREE = 1024
+_NO_SEQUENCE = SequenceParallel(False)
+_ENOUGH = 0.5  # of the parameter bytes, for tp to be worth its communication
 _REASONS = 6  # layers that stay whole and are named
 
 
@@ -45,6 +47,7 @@ class Sharding:
     parts : sizes that tp must divide, with what they belong to
     reasons : for people: what limits the degrees, which large layers stay whole and why
     sharded_share : share of the parameter bytes that tp divides
+    whole : why each layer that could hold a split stays whole, by absolute FQN
     sequence : whether the stream between row and col layers may be split along its tokens too, and whose work that is
     """
 
@@ -56,7 +59,8 @@ class Sharding:
     parts: tuple[tuple[int, str], ...]
     reasons: tuple[str, ...]
     sharded_share: float
-    sequence: SequenceParallel = SequenceParallel(False)
+    sequence: SequenceParallel = _NO_SEQUENCE
+    whole: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sequence_parallel(self) -> bool:
@@ -69,7 +73,7 @@ class Sharding:
 
     def degrees_allowed(self, max_tp: int) -> list[int]:
         """Degrees up to `max_tp` that divide every part; 1 alone if less than half of the bytes would be divided."""
-        if self.sharded_share < 0.5 or not self.parts:
+        if self.sharded_share < _ENOUGH or not self.parts:
             return [1]
         common = math.gcd(*(size for size, _ in self.parts))
         return [d for d in range(1, min(max_tp, common, _TOP_DEGREE) + 1) if common % d == 0]
@@ -79,7 +83,16 @@ def analyse(graph: ModelGraph) -> Sharding:
     """Find the tensor-parallel layout of a traced model."""
     search = Search(graph)
     search.run()
-    return _sharding(search)
+    found = _sharding(search)
+    if found.sharded_share >= _ENOUGH or not found.whole:
+        return found
+    wider = Search(graph, gather_all=True)
+    wider.run()
+    gathered = _sharding(wider)
+    if gathered.sharded_share < _ENOUGH:
+        return found
+    why = [r.replace("stays whole", "has its output gathered") for r in found.reasons[1:]]
+    return replace(gathered, reasons=(f"outputs are gathered, because {found.reasons[0]}", *why, *gathered.reasons))
 
 
 def _sharding(search: Search) -> Sharding:
@@ -107,6 +120,7 @@ def _sharding(search: Search) -> Sharding:
         reasons=tuple(_reasons(search, split)),
         sharded_share=_share(search, split),
         sequence=sequence_parallel(search),
+        whole=dict(_whole(search)),
     )
 
 
@@ -132,7 +146,7 @@ def _share(search: Search, split: Mapping[str, int]) -> float:
 
 def _reasons(search: Search, split: Mapping[str, int]) -> Iterable[str]:
     share, parts = _share(search, split), _parts(search)
-    if share < 0.5:
+    if share < _ENOUGH:
         yield f"only {share:.0%} of the parameter bytes could be split over tp (half is the least)"
     else:
         common = math.gcd(*(size for size, _ in parts))
@@ -143,10 +157,20 @@ def _reasons(search: Search, split: Mapping[str, int]) -> Iterable[str]:
         count = sum(u.class_index == index for u in search.graph.units)
         layer = search.layers[index].get(fqn)
         if layer is not None and not is_split(search, index, layer) and layer.numel * count >= 0.01 * total:
-            said.setdefault(
-                (fqn, reason), f"{absolute(search.prefix[index], fqn).replace(':', '.')} stays whole: {reason}"
-            )
+            said.setdefault((fqn, reason), f"{_name(search.prefix[index], fqn)} stays whole: {reason}")
     yield from list(said.values())[:_REASONS]
+
+
+def _whole(search: Search) -> Iterator[tuple[str, str]]:
+    for unit in search.graph.units:
+        for fqn, layer in search.layers[unit.class_index].items():
+            reason = search.why.get((unit.class_index, fqn))
+            if reason is not None and not is_split(search, unit.class_index, layer):
+                yield _name(unit.fqn, fqn), reason
+
+
+def _name(prefix: str, fqn: str) -> str:
+    return absolute(prefix, fqn).replace(":", ".")
 
 
 def _class_sharding(outcome: Outcome, cls: UnitClass) -> ClassSharding:

@@ -40,6 +40,8 @@ def meet_whole(walk: Walk, op: Op, tensor: int, dim: int, sources: frozenset[str
     walk.cuts[op.index, tensor] = dim
     if isinstance(state, Partial):
         raise Conflict(sources | state.sources, "it meets a sum that is not finished")
+    if isinstance(state, Weight) and _is_own_bias(walk, op, state):
+        return
     if isinstance(state, Weight):
         along = state.dims[dim] if state.dims else None
         if along is not None and state.name not in walk.kept and (region is not None or not state.indexed):
@@ -52,6 +54,13 @@ def meet_whole(walk: Walk, op: Op, tensor: int, dim: int, sources: frozenset[str
     if state.summed_from:
         raise Conflict(walk.smaller(sources, state.summed_from), "it meets a whole activation of its size")
     walk.collective(op, "backward", "all_gather", tensor)
+
+
+def _is_own_bias(walk: Walk, op: Op, state: Weight) -> bool:
+    """The bias that a linear module adds after its product follows its weight."""
+    layer = walk.layers.get(op.fqn)
+    own = layer is not None and layer.kind != "raw" and layer.fqn in walk.out.columns
+    return own and layer is not None and state.name == f"{layer.weight.removesuffix('.weight')}.bias"
 
 
 # sums that are not finished
@@ -117,7 +126,7 @@ def per_channel_norm(walk: Walk, op: Op, base: str, state: Split) -> State:
             raise Conflict(state.sources, "a group norm that is called as a function")
         groups = op.args[6]
         walk.limit(state.sources, groups, walk.label(op, groups, " groups"))
-    elif not op.module_type.endswith(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")):
+    elif "BatchNorm" not in op.module_type or "Sync" in op.module_type:
         raise Conflict(state.sources, f"{op.module_type} is no plain batch norm")
     walk.out.channels.add(op.fqn)
     return state
@@ -138,9 +147,9 @@ def attention(walk: Walk, op: Op) -> list[State]:
     if wrong:  # a single key/value head ends up here: it stays whole, and each rank's queries share it
         raise Conflict(frozenset[str]().union(*wrong), f"{op.fqn} attends over a split that is not by heads")
     n_heads, n_kv = walk.sizes[query][heads], walk.sizes[key][heads]
-    walk.limit(sources, n_heads, f"{op.fqn} ({n_heads} heads)")
+    walk.limit(sources, n_heads, walk.label(op, n_heads, " heads"))
     if n_kv != n_heads and isinstance(walk.state(key), Split):
-        walk.limit(sources, n_kv, f"{op.fqn} ({n_kv} key/value heads)")
+        walk.limit(sources, n_kv, walk.label(op, n_kv, " key/value heads"))
     walk.out.attention.add(op.fqn)
     walk.attended |= sources
     walk.mark(op, "heads")

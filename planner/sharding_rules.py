@@ -158,9 +158,21 @@ class Interpreter(Walk):
         target, result = op.inputs[0], results[0]
         base = self.cls.tensors[target].base
         before = self.state(target)
+        whole = self.state(base) if base != target else result
         if base != target and isinstance(result, Split | Partial) and type(before) is not type(result):
+            whole = self._filled(op, target, base, result)
+        return [result, *[whole] * (len(op.outputs) - 1)]
+
+    def _filled(self, op: Op, target: int, base: int, result: Split | Partial) -> Split:
+        """A new tensor becomes split as what is first written into a slice of it."""
+        maker = next((o for o in self.cls.ops if target in o.outputs), None)
+        fresh = next((o for o in self.cls.ops if base in o.outputs), None)
+        made = fresh is not None and fresh.name.split(".")[-2] in ("new_empty", "new_zeros", "empty_like", "zeros_like")
+        sliced = maker is not None and maker.name.startswith("aten.slice.") and maker.inputs == (base,)
+        same = isinstance(result, Split) and self.sizes[target][result.dim] == self.sizes[base][result.dim]
+        if not isinstance(result, Split) or not made or not sliced or not same or len(op.outputs) < 2:
             raise Conflict(result.sources, "it is written into a part of a whole tensor")
-        return [result, *[self.state(base) if base != target else result] * (len(op.outputs) - 1)]
+        return result
 
     def _set(self, tensor: int, state: State, op: Op) -> None:
         self.out.states[tensor] = state

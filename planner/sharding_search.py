@@ -45,6 +45,7 @@ class Search:
     outcomes: list[Outcome] = field(default_factory=list)
     settled: set[Key] = field(default_factory=set)  # decided by a rule that spans classes
     resets: int = 0
+    gather_all: bool = False  # any linear layer may have its output gathered
 
     def run(self) -> None:
         """Interpret, settle what spans classes, repeat until nothing changes."""
@@ -167,7 +168,7 @@ class Search:
             return False
         if packed and decision.style == "col" and all(size > 1 for size in packed):
             self.decisions[key] = Decision("packed", packed)
-        elif decision.style == "col" and self._gathers(key):
+        elif decision.style in ("col", "packed") and self._gathers(key):
             self.decisions[key] = Decision("gather")
         else:
             self.decisions[key] = Decision("replicate")
@@ -179,6 +180,8 @@ class Search:
         layer = self.layers[key[0]][key[1]]
         if layer.kind != "linear":
             return False
+        if self.gather_all:
+            return True
         return _SMALL_OUTPUT * layer.out_per_sample <= layer.numel or self._is_head(key)
 
     def _is_head(self, key: Key) -> bool:
@@ -307,12 +310,13 @@ class Search:
         """Give a vocabulary up that would narrow the choice of tp, unless it is most of the model."""
         components = self._components()
         rest = [c for c in components if not self._is_vocabulary(c[1])]
-        if not rest or 2 * sum(c[0] for c in rest) < self.total():
-            return
         common = math.gcd(*(c[2] for c in rest))
-        for _, members, size in components:
+        most = 2 * sum(c[0] for c in rest) < self.total()
+        for _, members, size in components if rest else []:
+            if most and math.gcd(size, common) > 1:
+                continue
             wanted = [d for d in range(2, _VOCAB_DEGREES + 1) if common % d == 0]
-            if self._is_vocabulary(members) and any(size % d for d in wanted):
+            if self._is_vocabulary(members) and (any(size % d for d in wanted) or math.gcd(size, common) == 1):
                 for key in members:
                     self._replicate(key, f"tp = {', '.join(map(str, wanted))} do not all divide {size}")
 

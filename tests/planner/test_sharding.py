@@ -106,10 +106,23 @@ def test_a_vocabulary_larger_than_the_body_does_not_cost_the_heads() -> None:
     assert s.degrees_allowed(8) == [1, 2, 4]
 
 
-def test_convolutions_are_not_split() -> None:
+def test_convolutions_split_their_channels() -> None:
     s = found(str(ROOT / "examples" / "resnet.py"), ("depth", "18"), ("width", "8"), ("num_classes", "10"), seq=32)
-    assert s.degrees_allowed(8) == [1]
-    assert any("half" in reason for reason in s.reasons)
+    block = styles(s, "groups.1.1.branch")
+    assert block == {"0": "col", "1": "channel", "3": "row"}  # convolution, batch norm, (relu,) convolution
+    assert s.parameter_split["groups.1.1.branch.0.weight"] == s.parameter_split["groups.1.1.branch.1.bias"] == 0
+    assert s.parameter_split["groups.1.1.branch.3.weight"] == 1
+    assert s.degrees_allowed(8) == [1, 2, 4, 8]
+    assert not s.sequence_parallel
+
+
+def test_the_stream_of_a_llama_can_be_split_along_its_tokens() -> None:
+    s = found(str(ROOT / "examples" / "llama_tiny"))
+    assert s.sequence_parallel
+    assert s.sequence.tokens == 16
+    norms = {m for m in s.sequence.modules if m.startswith("model.layers.2") and m.endswith("norm")}
+    assert norms == {"model.layers.2.input_layernorm", "model.layers.2.post_attention_layernorm"}
+    assert not any("_proj" in module for module in s.sequence.modules)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +209,9 @@ def test_a_split_passes(between: str, args: tuple[object, ...]) -> None:
 )
 def test_a_split_is_stopped_and_the_reason_said(between: str, args: tuple[object, ...]) -> None:
     s = analyse(hand_graph(between, args))
-    assert s.styles == {}
-    assert s.degrees_allowed(8) == [1]
-    assert any("h.0.up stays whole" in reason for reason in s.reasons)
+    assert {(x.style, x.output) for x in s.styles.values()} == {("col", "replicate")}
+    assert any("h.0.up has its output gathered" in reason for reason in s.reasons)
+    assert [c.collective for c in s.of_class(0).collectives if c.phase == "forward"] == ["all_gather"] * 2
 
 
 def test_an_indivisible_width_leaves_tp_1() -> None:
