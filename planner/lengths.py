@@ -25,6 +25,7 @@ from .time_loops import NotExtendable, collapse
 STEPS = (5, 6, 7, 9)  # of the grid, beyond the remainder
 FIRST_BATCH = 2  # the microbatch size of the first run of a trace
 FAR = 67  # steps of the grid at which the first unit with a loop is counted once more
+_FOLLOW = ("args", "repeat", "call")  # fields of operators and tensors whose whole numbers may follow the length
 
 
 class EachStep(NotExtendable):
@@ -108,20 +109,18 @@ class Curves:
             return Affine(*(max(0, last.number(same[-2:])) for same in zip(*values, strict=True)))
 
     def merge(self, values: Sequence[Any], argument: bool = False) -> Any:
-        """One value at the wanted length; numbers may follow the length in operators' arguments and as `repeat`."""
+        """One value at the wanted length; numbers may follow the length in arguments, `repeat` and `call`."""
         first = values[0]
         if isinstance(first, Affine):
             return self.affine(values)
         if isinstance(first, Ref) or all(v is first for v in values):
             return self._equal(values)
         if is_dataclass(first) and not isinstance(first, type):
-            return replace(
-                first,
-                **{
-                    f.name: self.merge([getattr(v, f.name) for v in values], argument or f.name in ("args", "repeat"))
-                    for f in fields(first)
-                },
-            )
+            inside = {
+                f.name: self.merge([getattr(v, f.name) for v in values], argument or f.name in _FOLLOW)
+                for f in fields(first)
+            }
+            return replace(first, **inside)
         if isinstance(first, tuple):
             if len({len(v) for v in values}) > 1:
                 return self._list(values)
