@@ -152,7 +152,9 @@ class FakeRun:
         if info.base == "masked_select":
             self.note(info.base, True, numbers[1:2])
             return self._masked_select(args, numbers)
-        self.note(info.base, True, numbers)
+        tensors = self.registry.recording.tensors
+        whole = [n for n in numbers if "float" not in tensors[n].dtype]  # of several tensors, these hold sizes
+        self.note(info.base, True, whole or numbers)
         rest = iter(numbers)
 
         def real(_: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,14 @@ class Recorder(TorchDispatchMode):
         self._numbers: dict[str, int] = {}
         self._fqns = {id(m): name for name, m in model.named_modules()}
 
+    def replace_parameter(self, old: torch.Tensor, new: torch.Tensor) -> Any:
+        """`new` as the parameter that `old` was."""
+        made: Any = new.detach().requires_grad_(old.requires_grad)
+        made._is_param = True
+        fqn = self.recording.tensors[self.known(old)].fqn
+        self.storage_of(self.register(made, "parameter", fqn)).weight_like = True
+        return made
+
     # operators
 
     def __torch_dispatch__(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, TargetError
+from . import rnn
 from .attention import stays_whole, whole_attention
 from .blame import blame, describe, running_line
 from .budget import Budget
@@ -28,13 +28,14 @@ from .graph import Parameter
 from .grouped import grouped_mm, takes
 from .inputs import Inputs
 from .own_checkpoints import checkpoint_inputs
+from .pass_for_real import pass_for_real, read_out
 from .recorder import Recorder
 from .recording import Recording
 from .replay import Replayer
 from .stand_in import FakeModel, RealModel
 from .target import Target
 from .user_module import user_code
-from .values import Values, real_tensors
+from .values import Values
 
 
 @dataclass(slots=True)
@@ -52,7 +53,8 @@ class Run:
     chance: tuple[str, ...] = ()
 
 
-_LEAVES_TORCH = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+_FORMAT = torch.Tensor.__format__
+_LEAVES_TORCH = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, _FORMAT)
 
 
 class _Steady(TorchFunctionMode):
@@ -72,12 +74,14 @@ class _Steady(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            args, kwargs = self._without_dropout(args, kwargs)
         if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):
             return grouped_mm(*args, **kwargs)
-        if func in _LEAVES_TORCH and self.recorder.fake is not None:
-            value = self.recorder.fake.read_whole(args[0], func.__name__)
-            with real_tensors():
-                return func(value, *args[1:], **kwargs)
+        if (whole := rnn.stand_in_for(func)) is not None:
+            return whole(*args, **kwargs)
+        if func in _LEAVES_TORCH and self.recorder.fake is not None and (func is not _FORMAT or args[0].dim() == 0):
+            return read_out(self.recorder, func, args, kwargs)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu(args[1]):
@@ -100,10 +104,22 @@ class _Steady(TorchFunctionMode):
         **kwargs: Any,
     ) -> torch.Tensor:
         if dropout_p:
-            call = self.recorder.current_call
-            self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
+            self._leave_out_dropout()
         kernel = F.scaled_dot_product_attention if stays_whole(query, value, attn_mask) else whole_attention
         return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
+
+    def _without_dropout(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of nn.MultiheadAttention's function without dropout: the attention inside it is out of sight."""
+        bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+        given = bound.arguments
+        if given["dropout_p"] and given.get("training", True) and not given.get("need_weights", True):
+            self._leave_out_dropout()
+            given["dropout_p"] = 0.0
+        return bound.args, bound.kwargs
+
+    def _leave_out_dropout(self) -> None:
+        call = self.recorder.current_call
+        self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
 
 
 def _is_gpu(device: Any) -> bool:
@@ -117,30 +133,6 @@ def same_draws() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-@contextlib.contextmanager
-def _as_if_real(recorder: Recorder) -> Iterator[None]:
-    """Fake tensors pass for real ones, as they have values (transformers keeps fake masks that hide nothing)."""
-
-    def tolist(tensor: torch.Tensor) -> Any:
-        assert recorder.fake is not None
-        value = recorder.fake.read_whole(tensor, "tolist")
-        with real_tensors():
-            return value.tolist()
-
-    changed: list[tuple[Any, str, Any]] = [(FakeTensor, "tolist", tolist)]
-    transformers = sys.modules.get("transformers.utils.import_utils")
-    if hasattr(transformers, "is_fake_tensor"):
-        changed.append((transformers, "is_fake_tensor", lambda tensor: False))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
-    try:
-        for owner, name, value in changed if recorder.fake is not None else ():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -206,7 +198,7 @@ def run_once(
         try:
             with (
                 _quiet_torch(),
-                _as_if_real(recorder),
+                pass_for_real(recorder),
                 chance.active(),
                 user_code(doing, target._source.folder),
                 _blaming(doing, target),
@@ -220,8 +212,14 @@ def run_once(
         parameter.grad = None
     stand_in.borders.settle(recorder.recording)
     spans = build_chain(recorder.recording, stand_in.borders.opened, limits.looped)
-    data_decides = stand_in.data_decides or any(read.sizes for read in recorder.recording.reads)
-    folded = fold(recorder.recording, spans, parameters, data_decides)
+    decided = [read.fqn for read in recorder.recording.reads if read.sizes]
+    data_decides = stand_in.data_decides or bool(decided)
+    by_structure = {
+        fqn
+        for fqn in {span.call.fqn for span in spans}
+        if stand_in.data_decides or any(name == fqn or name.startswith(fqn + ".") for name in decided)
+    }
+    folded = fold(recorder.recording, spans, parameters, by_structure)
     return Run(
         recording=recorder.recording,
         spans=spans,

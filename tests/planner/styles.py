@@ -318,6 +318,14 @@ class Model(Net):
         spectrum = torch.fft.rfft(x, dim=1) * torch.view_as_complex(self.filter)
         return torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
 """,
+    "converts_in_forward": """
+class Model(Net):
+    def inside(self):
+        self.router, self.out = nn.Linear(8, 8, dtype=torch.bfloat16), nn.Linear(8, 4)
+    def body(self, x):
+        self.router = self.router.to(torch.float32)
+        return self.router(x)
+""",
     "loss_dict": """
 class Model(nn.Module):
     def __init__(self):

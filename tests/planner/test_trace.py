@@ -272,7 +272,7 @@ def example_inputs(batch, seq):
 """
     graph = model(tmp_path, text)
     (note,) = graph.notes
-    assert note.startswith("own.py, line 10 (Net): a number computed from data steers the code")
+    assert note.startswith("own.py, line 10 (own): a number computed from data steers the code")
     assert graph.captured
     assert graph.flops_forward.at(3) == 2 * 3 * 8 * 8
 
