@@ -54,28 +54,36 @@ def _sequence(member: Member, target: Any) -> int:
 
 def _plan(member: Member, folder: Path, found: dict[str, Any]) -> None:
     """Trace at the real size and plan for 16 GPUs."""
+    from tpplan.errors import InfeasibleError
     from tpplan.planner.suggest import suggest_in_detail
 
     target = _load(member, folder, small=False, precision=member.precision)
     found["seq"] = seq = _sequence(member, target)
     spec, arguments = member.target(folder)
-    done = suggest_in_detail(
-        spec,
-        gpus=GPUS,
-        hardware=HARDWARE,
-        seq_len=seq,
-        global_batch=GLOBAL_BATCH,
-        model_args=arguments,
-        inputs=member.inputs,
-        precision=member.precision,
-        time_limit_s=60,
-    )
+    for gpus in (GPUS * 2**k for k in range(8)):
+        try:
+            done = suggest_in_detail(
+                spec,
+                gpus=gpus,
+                hardware=HARDWARE,
+                seq_len=seq,
+                global_batch=GLOBAL_BATCH,
+                precision=member.precision,
+                model_args=arguments,
+                inputs=member.inputs,
+                time_limit_s=60,
+            )
+            break
+        except InfeasibleError:  # its training state is larger than the memory of so many GPUs
+            if gpus == GPUS * 2**7:
+                raise
     graph, plan, sharding = done.graph, done.plan, done.sharding
     counts: dict[int, int] = {}
     for unit in graph.units:
         counts[unit.class_index] = counts.get(unit.class_index, 0) + 1
     found["trace"] = {
         **graph.summary(1),
+        "captured": graph.captured,
         "unused": sorted(graph.unused),
         "notes": list(graph.notes),
         "folded": [[graph.classes[c].module_type, n] for c, n in counts.items()],
@@ -91,6 +99,7 @@ def _plan(member: Member, folder: Path, found: dict[str, Any]) -> None:
     }
     mesh = plan.mesh
     found["plan"] = {
+        "gpus": plan.hardware.gpus,
         "layout": {k: v for k, v in mesh.model_dump().items() if isinstance(v, int) and v > 1},
         "step_time_s": plan.predicted.step_time_s,
         "gap": plan.solver.gap,
@@ -101,6 +110,8 @@ def _plan(member: Member, folder: Path, found: dict[str, Any]) -> None:
 def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
     """FLOPs, parameters and unused parameters as torch counts them, at the real size where that ends soon."""
     from oracle import count
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+    from tpplan.planner.trace import trace
 
     target = _load(member, folder, small=False, precision=member.precision)
     model = target.build("meta")
@@ -110,17 +121,23 @@ def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
     }
     del model
     seq, ours, unused = found.get("seq", 0), found.get("flops"), found.get("trace", {}).get("unused")
-    if member.oracle_small or ours is None:
-        from tpplan.planner.trace import trace
-
-        target, seq = _load(member, folder, small=True, precision=member.precision), member.small_seq
-        graph = trace(target, sequence_length=seq, precision=member.precision)
+    on_small, real = member.oracle_small or ours is None, False
+    if not on_small:
+        try:
+            torchs = count(target, _ORACLE_BATCH, seq, member.precision)
+        except DataDependentOutputException:  # torch's counter cannot follow it without data
+            on_small = real = True
+    if on_small:
+        precision = "fp32" if real else member.precision
+        target, seq = _load(member, folder, small=True, precision=precision), member.small_seq
+        graph = trace(target, sequence_length=seq, precision=precision)
         ours = [graph.flops_forward.at(_ORACLE_BATCH), graph.flops_backward.at(_ORACLE_BATCH)]
         unused = sorted(graph.unused)
-    torchs = count(target, _ORACLE_BATCH, seq, member.precision)
+        torchs = count(target, _ORACLE_BATCH, seq, precision, real)
     found["oracle"] |= {
         "seq": seq,
-        "small": member.oracle_small,
+        "small": on_small,
+        "real_data": real,
         "flops": [torchs.forward, torchs.backward],
         "flops_error": [ours[0] / torchs.forward - 1, ours[1] / torchs.backward - 1],
         "unused": sorted(torchs.unused),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tpplan.planner.attention import stays_whole, whole_attention
-from tpplan.planner.stand_in import FakeModel
+from tpplan.planner.stand_in import FakeModel, RealModel
 from tpplan.planner.target import Target
 
 aten = torch.ops.aten
@@ -41,14 +41,14 @@ class _Counted(torch.autograd.Function):
     def forward(ctx: Any, shapes: Any, on_backward: Callable[[], None], like: Any, *inputs: Any) -> Any:
         ctx.on_backward, ctx.inputs = on_backward, [(t.shape, t.dtype) for t in inputs]
         ctx.like = like
-        return tuple(like.new_empty(shape) for shape in shapes)
+        return tuple(like.new_zeros(shape) for shape in shapes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         ctx.on_backward()
         wanted = ctx.needs_input_grad[3:]
         made = [
-            ctx.like.new_empty(shape, dtype=dtype) if want else None
+            ctx.like.new_zeros(shape, dtype=dtype) if want else None
             for (shape, dtype), want in zip(ctx.inputs, wanted, strict=True)
         ]
         return (None, None, None, *made)
@@ -82,12 +82,18 @@ class _Formulas(TorchFunctionMode):
 
         return _Counted.apply(shapes, on_backward, inputs[0], *inputs)
 
-    def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
-        """2 b h s_q s_kv (d_qk + d_v) forward; backward computes the scores again: 3 d_qk + 2 d_v."""
+    def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **named: Any) -> Any:
+        """2 b h s_q s_kv (d_qk + d_v) forward; backward computes the scores again: 3 d_qk + 2 d_v.
+
+        No fused kernel broadcasts heads unless it is told to (enable_gqa): then the products run one by one, and
+        backward is twice the forward.
+        """
         *batch, _, width = query.shape
         pairs = 2 * math.prod(batch) * query.shape[-2] * key.shape[-2]
         out = (*query.shape[:-1], value.shape[-1])
         forward, backward = pairs * (width + value.shape[-1]), pairs * (3 * width + 2 * value.shape[-1])
+        if key.shape[-3] != query.shape[-3] and not named.get("enable_gqa"):
+            backward = 2 * forward
         inputs = [query, key, value]
         if attn_mask is not None and attn_mask.requires_grad:
             inputs.append(attn_mask)
@@ -118,7 +124,7 @@ def _convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any, out_shape:
     return per_element * math.prod(x if transposed else grad) * (int(mask[0]) + int(mask[1]))
 
 
-def count(target: Target, batch: int, seq: int, precision: str) -> Oracle:
+def count(target: Target, batch: int, seq: int, precision: str, real: bool = False) -> Oracle:
     """Run the whole model, no layer replayed, under torch's counter.
 
     Parameters
@@ -127,9 +133,13 @@ def count(target: Target, batch: int, seq: int, precision: str) -> Oracle:
     batch, seq : int
         Samples; tokens or image side.
     precision : {"bf16", "fp32"}
+    real : bool
+        On real tensors (for a small model whose code looks at its data).
     """
     found = Oracle()
-    fake = FakeModel(target.build("meta").train(), precision)
+    if real:
+        torch.manual_seed(0)
+    fake = (RealModel if real else FakeModel)(target.build("cpu" if real else "meta").train(), precision)
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _convolution_backward})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
