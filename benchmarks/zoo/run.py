@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
 from member import Member
 from members import MEMBERS, by_name
 
