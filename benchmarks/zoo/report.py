@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 from members import MEMBERS
 from run import RESULTS
+
+HERE = Path(__file__).resolve().parent
 
 DOC = HERE.parents[1] / "docs" / "zoo.md"
 _SHORT = {
@@ -159,7 +160,8 @@ def _lists(members: Sequence[Result]) -> Iterator[str]:
     yield "## Opaque parts\n"
     parts = [(m["name"], p) for m in members for p in m.get("trace", {}).get("opaque", [])]
     for name, part in parts:
-        yield f"- {name}, `{part['fqn'] or 'the model itself'}` ({part['flops_share']:.1%} of the FLOPs): {part['reason']}"
+        where = part["fqn"] or "the model itself"
+        yield f"- {name}, `{where}` ({part['flops_share']:.1%} of the FLOPs): {part['reason']}"
     if not parts:
         yield "None."
     yield "\n## Parameters that no operator reads\n"

@@ -25,9 +25,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
 from member import Member
 from members import MEMBERS, by_name
+
+HERE = Path(__file__).resolve().parent
 
 RESULTS = HERE.parent / "results" / "zoo.json"
 CHECK_TIMEOUT_S, EXECUTE_TIMEOUT_S = 600, 400
