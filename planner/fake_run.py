@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,6 +24,7 @@ from .values import Origin, Values, real_tensors
 NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 _CPU = torch.device("cpu")
+_CACHED = 2**20  # elements of tensors whose values are kept from run to run
 
 
 def mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
@@ -112,6 +114,19 @@ class FakeRun:
         with real_tensors():
             func(*args, **kwargs)
         self.registry.forget_twin(args[0])
+
+    def cached(self, model: nn.Module, known: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(fake, real) of small tensors computed from constants that modules keep for later runs."""
+        seen = {id(t) for t in known}
+        found = []
+        for module in model.modules():
+            for tensor in (*vars(module).values(), *module._buffers.values()):
+                if isinstance(tensor, FakeTensor) and id(tensor) not in seen and tensor.numel() <= _CACHED:
+                    seen.add(id(tensor))
+                    number = self.registry.id_of(tensor)
+                    if number is not None and self.values.origin(number) == Origin.EXACT and self.values.has(number):
+                        found.append((tensor, self.values.read(number)))
+        return found
 
     # results that depend on data
 

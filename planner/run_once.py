@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, TargetError
 from . import rnn
-from .attention import stays_whole, whole_attention
+from .attention import learned_mask_attention, stays_whole, whole_attention
 from .blame import blame, describe, running_line
 from .budget import Budget
 from .chain import ReplayInexact, Span, build_chain
 from .chance import Chance
 from .fake_run import FakeRun
 from .fold import Folded, fold
+from .gpu_dropout import dropout
 from .graph import Parameter
 from .grouped import grouped_mm, takes
 from .inputs import Inputs
@@ -51,6 +52,7 @@ class Run:
     data_decides: bool
     loss: str
     chance: tuple[str, ...] = ()
+    low: frozenset[str] = frozenset()
 
 
 _FORMAT = torch.Tensor.__format__
@@ -74,6 +76,8 @@ class _Steady(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.dropout:
+            return dropout(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             args, kwargs = self._without_dropout(args, kwargs)
         if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):
@@ -103,9 +107,11 @@ class _Steady(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if attn_mask is not None and attn_mask.requires_grad and query.dim() == 4:
+            return learned_mask_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         if dropout_p:
             self._leave_out_dropout()
-        kernel = F.scaled_dot_product_attention if stays_whole(query, value, attn_mask) else whole_attention
+        kernel = F.scaled_dot_product_attention if stays_whole(query, value) else whole_attention
         return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
 
     def _without_dropout(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -210,6 +216,8 @@ def run_once(
             raise
     for parameter in model.parameters():
         parameter.grad = None
+    if isinstance(stand_in, FakeModel) and recorder.fake is not None:
+        stand_in.values += recorder.fake.cached(model, [fake for fake, _ in stand_in.values])
     stand_in.borders.settle(recorder.recording)
     spans = build_chain(recorder.recording, stand_in.borders.opened, limits.looped)
     decided = [read.fqn for read in recorder.recording.reads if read.sizes]
@@ -230,6 +238,7 @@ def run_once(
         data_decides=data_decides,
         loss=loss,
         chance=tuple(chance.places),
+        low=low,
     )
 
 
@@ -237,12 +246,9 @@ def _fake_run(stand_in: FakeModel, recorder: Recorder, batch: int, chance: Chanc
     """What runs operators on fake tensors, told the values that are known."""
     values = Values(recorder.recording, batch, chance)
     for fake, real in stand_in.values:
-        number = recorder.registry.id_of(fake)
-        if number is not None:
-            values.tell(number, real)
-    stand_in.values = [
-        pair for pair in stand_in.values if recorder.recording.tensors[recorder.known(pair[0])].kind == "buffer"
-    ]
+        values.tell(recorder.known(fake), real)
+    tensors = recorder.recording.tensors  # inputs are this run's only
+    stand_in.values = [pair for pair in stand_in.values if tensors[recorder.known(pair[0])].kind != "input"]
 
     def place() -> tuple[str, str]:
         call = recorder.current_call

@@ -326,6 +326,17 @@ class Model(Net):
         self.router = self.router.to(torch.float32)
         return self.router(x)
 """,
+    "keeps_tables": """
+class Model(Net):
+    def inside(self):
+        self.a, self.out, self.table, self.switched = nn.Linear(8, 8), nn.Linear(8, 4), None, False
+    def body(self, x):
+        if self.table is None:
+            self.table = torch.arange(8) + 1
+        if not self.switched:
+            x, self.switched = x * 1.0, True
+        return self.a(x)[..., : int(self.table[-1])] * self.table.to(x)
+""",
     "loss_dict": """
 class Model(nn.Module):
     def __init__(self):
