@@ -1,16 +1,19 @@
 """Attention as one operator while tracing, also where the CPU would fall back to products and a softmax.
 
-GPUs have fused kernels for values of another width than the keys (multi-head latent attention) and for masks that
-need a gradient (learned position biases); the CPU has none. These two operators stand in for them. Tracing reads
-shapes only: on real tensors their gradients are zeros.
+GPUs have fused kernels for values of another width than the keys (multi-head latent attention); the CPU has none.
+Two operators stand in for them. Tracing reads shapes only: on real tensors their gradients are zeros. For a mask that
+needs a gradient (a learned position bias) torch takes products and a softmax on GPUs too, in float32 (measured on T5).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .gpu_dropout import dropout
 
 _library = torch.library.Library("tpplan", "DEF")
 _library.define(
@@ -67,11 +70,39 @@ class _Attention(torch.autograd.Function):
         return (*made, None, None)
 
 
-def stays_whole(query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
+def stays_whole(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the CPU's own operator runs such attention as one operator (dropout aside)."""
     if query.dim() != 4:
         return True  # no GPU kernel is fused for it either
-    return query.shape[-1] == value.shape[-1] and (attn_mask is None or not attn_mask.requires_grad)
+    return query.shape[-1] == value.shape[-1]
+
+
+def learned_mask_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention with a mask that needs a gradient, as torch runs it on GPUs: products and a softmax in float32.
+
+    The operators and what they save are those of torch's `_scaled_dot_product_attention_math`.
+    """
+    dtype = query.dtype
+    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    query, key, value, attn_mask = (t.to(wide) for t in (query, key, value, attn_mask))
+    if enable_gqa and query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    factor = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.matmul(query * factor, key.transpose(-2, -1) * factor) + attn_mask
+    weights = torch._safe_softmax(scores, -1)
+    if dropout_p:
+        weights = dropout(weights, dropout_p)
+    return torch.matmul(weights, value).to(dtype)
 
 
 def whole_attention(

@@ -173,7 +173,7 @@ def _without_dropout(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Any:
-    kernel = F.scaled_dot_product_attention if stays_whole(query, value, attn_mask) else whole_attention
+    kernel = F.scaled_dot_product_attention if stays_whole(query, value) else whole_attention
     return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
 
 

@@ -294,7 +294,37 @@ def example_inputs(batch, seq):
         model(tmp_path, text)
 
 
-def test_attention_with_narrow_values_and_learned_mask_stays_whole(tmp_path):
+def test_attention_with_a_learned_mask_is_products_and_a_softmax_in_float32(tmp_path):
+    text = """
+import torch.nn.functional as F
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.mask = nn.Parameter(torch.zeros(1, 4, 8, 8))
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(len(x), 8, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=0.1).square().mean()
+def build_model():
+    return Net()
+def example_inputs(batch, seq):
+    return torch.randn(batch, seq, 16)
+"""
+    (cls,) = model(tmp_path, text).classes
+    names = [op.name.split(".")[1] for op in cls.ops]
+    assert [n for n in names if n in ("bmm", "_safe_softmax", "native_dropout")] == [
+        "bmm",
+        "_safe_softmax",
+        "native_dropout",
+        "bmm",
+    ]
+    scores = next(op for op in cls.ops if "_safe_softmax" in op.name)
+    assert cls.tensors[scores.outputs[0]].dtype == "float32"
+    (mask,) = [t for op in cls.ops if "native_dropout" in op.name for t in op.saved]
+    assert cls.tensors[mask].dtype == "bool"
+
+
+def test_attention_with_narrow_values_stays_whole(tmp_path):
     text = """
 import torch.nn.functional as F
 class Block(nn.Module):
@@ -302,7 +332,7 @@ class Block(nn.Module):
         super().__init__()
         self.qk = nn.Linear(16, 2 * 4 * 6)
         self.v = nn.Linear(16, 16)
-        self.mask = nn.Parameter(torch.zeros(1, 4, 8, 8))
+        self.register_buffer("mask", torch.zeros(1, 4, 8, 8))
     def forward(self, x):
         q, k = self.qk(x).view(len(x), 8, 8, 6).transpose(1, 2).chunk(2, dim=1)
         v = self.v(x).view(len(x), 8, 4, 4).transpose(1, 2)
