@@ -88,8 +88,10 @@ class Limits:
     bounded : stop with `TimeLoop` where a unit is over budget
     until : stop with `Reached` after the first call of this unit
     looped : units called once a step: they and what runs between them are one unit
+    batches : microbatch sizes to run (two give a line, which a third proves)
     """
 
     bounded: bool = False
     until: str | None = None
     looped: frozenset[str] = frozenset()
+    batches: int = 3

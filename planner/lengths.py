@@ -189,12 +189,12 @@ def _extended(
     at: Callable[[int, Limits], ModelGraph], wanted: int, grid: int, lengths: Sequence[int], fqn: str
 ) -> ModelGraph:
     limits = Limits()
-    graphs = [at(length, limits) for length in lengths[:2]]
+    graphs = [at(lengths[0], limits), at(lengths[1], replace(limits, batches=2))]
     looped = _called_each_step(graphs)
     if looped:
         limits = Limits(looped=looped)
-        graphs = [at(length, limits) for length in lengths[:2]]
-    graphs += [at(length, limits) for length in lengths[2:]]
+        graphs = [at(lengths[0], limits), at(lengths[1], replace(limits, batches=2))]
+    graphs += [at(length, replace(limits, batches=2)) for length in lengths[2:]]
     try:
         return _beyond(at, graphs, wanted, grid, fqn, bool(looped))
     except NotExtendable as error:
@@ -270,7 +270,7 @@ def extend(graphs: Sequence[ModelGraph], wanted: int) -> ModelGraph:
     if len({len(g.units) for g in graphs}) > 1 or len({len(g.classes) for g in graphs}) > 1:
         raise NotExtendable("other modules run at other lengths")
     return replace(
-        graphs[-1],
+        first,
         sequence_length=wanted,
         classes=tuple(curves.unit_class([g.classes[i] for g in graphs]) for i in range(len(first.classes))),
         units=tuple(_unit(curves, same) for same in zip(*(g.units for g in graphs), strict=True)),
