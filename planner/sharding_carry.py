@@ -44,6 +44,11 @@ def meet_whole(walk: Walk, op: Op, tensor: int, dim: int, sources: frozenset[str
         return
     if isinstance(state, Weight):
         along = state.dims[dim] if state.dims else None
+        if along is not None and state.segment:
+            if walk.sizes[tensor][dim] == state.segment and state.name not in walk.kept:
+                walk.follow(state.name, along, walk.segments_of(state, along), sources)
+                return
+            along = None
         if along is not None and state.name not in walk.kept and (region is not None or not state.indexed):
             walk.follow(state.name, along, (), sources)
             return
@@ -54,6 +59,22 @@ def meet_whole(walk: Walk, op: Op, tensor: int, dim: int, sources: frozenset[str
     if state.summed_from:
         raise Conflict(walk.smaller(sources, state.summed_from), "it meets a whole activation of its size")
     walk.collective(op, "backward", "all_gather", tensor)
+
+
+def packed_bias(walk: Walk, op: Op, base: str, state: Split) -> bool:
+    """Whether this adds a bias to a packed projection: it is packed alike."""
+    others = [walk.state(t) for t in op.inputs if not isinstance(walk.state(t), Split)]
+    if base != "add" or len(others) != 1 or not isinstance(others[0], Weight) or not others[0].dims:
+        return False
+    bias = others[0]
+    if _is_own_bias(walk, op, bias):
+        return True
+    along = bias.dims[-1]
+    if along is None or bias.name in walk.kept or len(bias.dims) > 1 or bias.segment not in (0, state.segments[0]):
+        return False
+    sizes = walk.segments_of(bias, along) if bias.segment else state.segments
+    walk.follow(bias.name, along, sizes, state.sources)
+    return True
 
 
 def _is_own_bias(walk: Walk, op: Op, state: Weight) -> bool:

@@ -105,7 +105,7 @@ def _row(walk: Walk, op: Op, ends: Operands, weight: Weight, layer: Layer, sourc
     walk.mark(op, "k")
     if layer.kind == "raw":
         dim = weight.dims[ends.w_sum]
-        if dim is None:
+        if dim is None or weight.segment:
             raise Conflict(sources | {layer.fqn}, f"no dimension of {layer.weight} divides what it sums over")
         walk.follow(weight.name, dim, (), sources | {layer.fqn})
         if layer.region:
@@ -126,19 +126,8 @@ def _add_once(walk: Walk, bias: int | None, door: str) -> None:
 def _col(walk: Walk, op: Op, ends: Operands, weight: Weight, layer: Layer) -> State:
     key = frozenset({layer.fqn})
     decision = walk.decisions[layer.fqn]
-    if layer.kind == "raw":
-        dim = weight.dims[ends.w_free]
-        if dim is None:
-            raise Conflict(key, "no dimension of it divides its output")
-        walk.follow(weight.name, dim, decision.sizes, key)
-        bias = None if ends.bias is None else walk.state(ends.bias)
-        if isinstance(bias, Weight):
-            along = bias.dims[-1]
-            if along is None:
-                raise Conflict(key, "its bias cannot be divided")
-            walk.follow(bias.name, along, decision.sizes, key)
-        elif isinstance(bias, Split | Partial):
-            raise Conflict(key, "its bias is split differently")
+    rank = len(walk.sizes[op.outputs[0]])
+    segments = _follow_free(walk, op, ends, weight, decision.sizes, key) if layer.kind == "raw" else decision.sizes
     walk.mark(op, "n")
     walk.out.columns.add(layer.fqn)
     if layer.region:
@@ -151,8 +140,31 @@ def _col(walk: Walk, op: Op, ends: Operands, weight: Weight, layer: Layer) -> St
         walk.limit(key, layer.out_features, walk.label(op, layer.out_features))
         walk.collective(op, "forward", "all_gather", op.outputs[0])
         return Whole()
-    rank = len(walk.sizes[op.outputs[0]])
-    return Split(ends.out % rank, key, decision.sizes)
+    return Split(ends.out % rank, key, segments)
+
+
+def _follow_free(
+    walk: Walk, op: Op, ends: Operands, weight: Weight, sizes: tuple[int, ...], key: frozenset[str]
+) -> tuple[int, ...]:
+    """Split a raw weight (and its bias) along its free dimension; the segments of the output."""
+    dim = weight.dims[ends.w_free]
+    if dim is None:
+        raise Conflict(key, "no dimension of it divides its output")
+    out = walk.sizes[ends.w][ends.w_free]
+    segments = sizes
+    if weight.segment:  # a part of a fused projection: one or several of its segments
+        sizes = walk.segments_of(weight, dim)
+        segments = (weight.segment,) * (out // weight.segment) if out > weight.segment else ()
+    walk.follow(weight.name, dim, sizes, key)
+    bias = None if ends.bias is None else walk.state(ends.bias)
+    if isinstance(bias, Weight):
+        along = bias.dims[-1]
+        if along is None or bias.segment != weight.segment:
+            raise Conflict(key, "its bias cannot be divided")
+        walk.follow(bias.name, along, sizes, key)
+    elif isinstance(bias, Split | Partial):
+        raise Conflict(key, "its bias is split differently")
+    return segments
 
 
 def _activations(walk: Walk, op: Op, base: str, left: int, right: int, bias: int | None) -> State:

@@ -9,7 +9,16 @@ blame and what to try instead; `sharding_search.py` decides and runs again.
 from __future__ import annotations
 
 from .graph import Op
-from .sharding_carry import attention, loss, meet_whole, partial, per_channel_norm, pointwise, through_channels
+from .sharding_carry import (
+    attention,
+    loss,
+    meet_whole,
+    packed_bias,
+    partial,
+    per_channel_norm,
+    pointwise,
+    through_channels,
+)
 from .sharding_products import PRODUCTS, convolution, embedding, product
 from .sharding_shapes import (
     CUTS,
@@ -198,6 +207,8 @@ class Interpreter(Walk):
         shaped = self._shaped(op, base, tensor, state)
         if shaped is not None:
             return [shaped] * n
+        if state.segments and packed_bias(self, op, base, state):
+            return [state]
         if state.segments:
             raise Conflict(sources, f"{base} runs before its packed parts are set apart")
         if base in ("_log_softmax", "nll_loss_forward"):

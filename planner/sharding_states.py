@@ -50,12 +50,14 @@ class Weight:
     """A parameter or buffer by its absolute name, as stored or after views and casts.
 
     dims[i] is the dimension of the parameter whose even division divides dimension i of this view evenly, in the
-    same order; None where there is none. `indexed` marks rows picked by an index tensor.
+    same order; None where there is none. `indexed` marks rows picked by an index tensor. `segment` is the size of
+    the equal segments of which this is one or several, cut out of the parameter (0: not cut).
     """
 
     name: str
     dims: tuple[int | None, ...] = ()
     indexed: bool = False
+    segment: int = 0
 
 
 State = Whole | Split | Partial | Weight

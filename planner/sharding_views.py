@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from .graph import Op, Ref, UnitClass
@@ -26,8 +27,14 @@ def parameter_views(cls: UnitClass, names: Sequence[str]) -> dict[int, Weight]:
             weight = views[op.inputs[0]]
             for tensor in op.outputs:
                 dims = _dims(op, base, sizes, tensor, weight, others)
-                if dims is not None:
-                    views[tensor] = Weight(weight.name, dims, weight.indexed or base in ("index", "index_select"))
+                if dims is None:
+                    continue
+                segment = weight.segment or _segment(op, base, sizes, weight)
+                if weight.segment and base not in MOVES | _SAME:
+                    dims, segment = (None,) * len(dims), 0
+                elif segment and not weight.segment:
+                    dims = weight.dims
+                views[tensor] = Weight(weight.name, dims, weight.indexed or base.startswith("index"), segment)
     return views
 
 
@@ -54,6 +61,15 @@ def _dims(
         whole = sizes[source][along] == after[along]
         return tuple(d if whole or i != along else None for i, d in enumerate(weight.dims))
     return None
+
+
+def _segment(op: Op, base: str, sizes: Sequence[tuple[int, ...]], weight: Weight) -> int:
+    """Size of the equal segments between whose borders a parameter is cut (fused projections), 0 if it is not."""
+    if not base.startswith("split"):
+        return 0
+    along = dim_argument(op, 2, len(weight.dims), 0)
+    parts = [sizes[t][along] for t in op.outputs]
+    return math.gcd(*parts) if len(parts) > 1 else 0
 
 
 def _indexed(op: Op, sizes: Sequence[tuple[int, ...]], weight: Weight, rank: int) -> tuple[int | None, ...] | None:

@@ -118,6 +118,11 @@ class Walk:
                 raise Conflict(frozenset({self.raw_layers[name].fqn}), "its uses would need different splits")
             raise Conflict(frozenset(), "its uses would need different splits", keep=name)
 
+    def segments_of(self, weight: Weight, dim: int) -> tuple[int, ...]:
+        """Sizes of the equal segments along dimension `dim` of the parameter out of which a weight is cut."""
+        stored = next(t for t in self.cls.tensors if t.kind == "parameter" and self.views[t.id].name == weight.name)
+        return (weight.segment,) * (round(stored.shape[dim].at(1)) // weight.segment)
+
     def used_whole(self, weight: Weight, reason: str, own: bool = False) -> None:
         """A parameter is read whole: no layer may split it."""
         self.whole_uses.add(weight.name)
