@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from tpplan.planner.attention import stays_whole, whole_attention
+from tpplan.planner.attention import learned_mask_attention, stays_whole, whole_attention
 from tpplan.planner.stand_in import FakeModel, RealModel
 from tpplan.planner.target import Target
 
@@ -85,18 +85,17 @@ class _Formulas(TorchFunctionMode):
     def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **named: Any) -> Any:
         """2 b h s_q s_kv (d_qk + d_v) forward; backward computes the scores again: 3 d_qk + 2 d_v.
 
-        No fused kernel broadcasts heads unless it is told to (enable_gqa): then the products run one by one, and
-        backward is twice the forward.
+        No fused kernel broadcasts heads unless it is told to (enable_gqa), and none has a gradient for its mask: then
+        the products run one by one, and backward is twice the forward.
         """
         *batch, _, width = query.shape
         pairs = 2 * math.prod(batch) * query.shape[-2] * key.shape[-2]
         out = (*query.shape[:-1], value.shape[-1])
         forward, backward = pairs * (width + value.shape[-1]), pairs * (3 * width + 2 * value.shape[-1])
-        if key.shape[-3] != query.shape[-3] and not named.get("enable_gqa"):
+        learned_mask = attn_mask is not None and attn_mask.requires_grad
+        if learned_mask or (key.shape[-3] != query.shape[-3] and not named.get("enable_gqa")):
             backward = 2 * forward
-        inputs = [query, key, value]
-        if attn_mask is not None and attn_mask.requires_grad:
-            inputs.append(attn_mask)
+        inputs = [query, key, value, *([attn_mask] if learned_mask else [])]
         return self._count([out], forward, backward, *inputs)[0]
 
     def _grouped(self, a: Any, b: Any, *, offs: Any = None, **_: Any) -> Any:
