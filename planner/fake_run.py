@@ -169,7 +169,8 @@ class FakeRun:
             return self._masked_select(args, numbers)
         tensors = self.registry.recording.tensors
         whole = [n for n in numbers if "float" not in tensors[n].dtype]  # of several tensors, these hold sizes
-        self.note(info.base, True, whole or numbers)
+        if info.namespace == "aten":  # others are listed because they have no cost formula
+            self.note(info.base, True, whole or numbers)
         rest = iter(numbers)
 
         def real(_: torch.Tensor) -> torch.Tensor:

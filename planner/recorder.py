@@ -164,7 +164,8 @@ class Recorder(TorchDispatchMode):
         rec = self.recording
         call = self._stack[-1] if self._stack else -1
         if unknown:
-            rec.opaque[rec.calls[call].fqn if call >= 0 else ""] = unknown
+            where = f"{self.fake.place()[1]}: " if self.fake is not None else ""
+            rec.opaque[rec.calls[call].fqn if call >= 0 else ""] = where + unknown
         op = RawOp(
             len(rec.ops),
             info.name,
@@ -220,7 +221,7 @@ class Recorder(TorchDispatchMode):
         else:
             kernels, unknown = price(info, args, kwargs, result, self._wrt(op, inputs))
         if unknown:
-            rec.opaque[rec.calls[op.call].fqn if op.call >= 0 else ""] = unknown
+            rec.opaque.setdefault(rec.calls[op.call].fqn if op.call >= 0 else "", unknown)
         op.backward.extend(k for k in kernels if k.kind != "free")
         op.backward_clocks.append(rec.clock)
 
@@ -320,7 +321,11 @@ class Recorder(TorchDispatchMode):
 
     @property
     def current_call(self) -> int:
-        """Index of the innermost open module call, -1 outside the model."""
+        """Index of the innermost open module call (in backward, of the call whose backward it is), -1 outside."""
+        if self.in_backward:
+            node = torch._C._current_autograd_node()
+            index = self._by_sequence.get(node._sequence_nr(), -1) if node is not None else -1
+            return self.recording.ops[index].call if index >= 0 else -1
         return self._stack[-1] if self._stack else -1
 
     @contextlib.contextmanager
