@@ -40,21 +40,31 @@ def use_local_region(module: nn.Module, mesh: DeviceMesh) -> None:
     module.forward = partial(_run, module, module.forward, mesh)  # type: ignore[method-assign]
 
 
-def use_local_regions(model: nn.Module, divided: Collection[str], mesh: DeviceMesh) -> None:
+def use_local_regions(
+    model: nn.Module, divided: Collection[str], mesh: DeviceMesh, units: Collection[str] = ()
+) -> None:
     """Let the largest modules without any of the modules `divided` in them run on plain tensors when they can.
 
     Parameters
     ----------
     divided : collection of str
         FQNs of the modules whose parameters tp divides, in whole or in part.
+    units : collection of str
+        FQNs of modules that gather their own parameters (FSDP): a region may be one, but not hold one.
     """
-    inner = {fqn.rsplit(".", depth)[0] for fqn in divided for depth in range(fqn.count(".") + 1)} | {""}
+    inner = {prefix for fqn in divided for prefix in _prefixes(fqn)} | {""}
+    inner |= {prefix for fqn in units for prefix in _prefixes(fqn)[1:]}
     for fqn, module in model.named_modules():
         parent = fqn.rpartition(".")[0]
         if fqn in inner or parent not in inner or runs_locally(module):
             continue
         for part in _called_parts(module):
             part.forward = partial(_run_if_whole, part, part.forward, mesh)  # type: ignore[method-assign]
+
+
+def _prefixes(fqn: str) -> list[str]:
+    """`fqn` and what it is in, from the inside out."""
+    return [fqn.rsplit(".", depth)[0] for depth in range(fqn.count(".") + 1)]
 
 
 def _called_parts(module: nn.Module) -> list[nn.Module]:

@@ -178,7 +178,7 @@ class PackedOutput:
         return self._moved(self._local.squeeze(place), self._dim - (fewer and place < self._dim))
 
     @property
-    def mT(self) -> PackedOutput:  # noqa: N802  (torch's name)
+    def mT(self) -> PackedOutput:
         """The last two dimensions exchanged."""
         return self.transpose(-2, -1)
 

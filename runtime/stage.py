@@ -98,7 +98,7 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
             if index not in holders[aliases[name]]:
                 hollow_parameter(model, name, options.device)
     if mesh.degree("tp") > 1:
-        apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp)
+        apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp, section.fsdp_units)
     if compute_dtype.itemsize < 4:
         keep_batch_norm_in_float32(model)
     blocks = [fqn for fqn in section.modules if fqn.rpartition(".")[2].isdigit()] if options.compiled else []

@@ -18,7 +18,7 @@ buffers stay plain tensors; inside `step_context` they count as replicated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,9 @@ from .whole_operators import whole_operands_run_locally
 _REPLICATE = ModuleStyle(style="replicate")
 
 
-def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(
+    model: nn.Module, section: TensorParallelSection, tp_mesh: DeviceMesh, units: Collection[str] = ()
+) -> None:
     """Shard `model` over `tp_mesh` in place, as `section` says.
 
     Parameters may be on meta or real; real ones are cut from their full values (each rank must hold equal
@@ -64,6 +66,8 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         Styles by module FQN.
     tp_mesh : DeviceMesh
         One-dimensional, its dimension named "tp".
+    units : collection of str
+        FQNs of the modules that `fully_shard` will wrap one by one.
 
     Raises
     ------
@@ -90,7 +94,7 @@ def apply_tensor_parallel(model: nn.Module, section: TensorParallelSection, tp_m
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
             module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
-    use_local_regions(model, divided | inside, tp_mesh)
+    use_local_regions(model, divided | inside, tp_mesh, units)
     find_names(model)
 
 

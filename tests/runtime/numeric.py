@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from tpplan.planner.inputs import Inputs
 from tpplan.planner.plan import Plan
 from tpplan.planner.target import Target, load_target
@@ -59,6 +60,8 @@ def _grouped_product(torch_function: Any, a: torch.Tensor, b: torch.Tensor, *, o
     """`grouped_mm` of rows with one matrix a group, also in float64, which torch's own does not take."""
     if a.dtype is not torch.float64:
         return torch_function(a, b, offs=offs)
+    if isinstance(offs, FakeTensor):
+        return a @ b[0]
     bounds = [0, *offs.tolist()]
     done = [a[i:j] @ b[g] for g, (i, j) in enumerate(itertools.pairwise(bounds))]
     return torch.cat([*done, a.new_zeros(a.shape[0] - bounds[-1], b.shape[-1])])
