@@ -19,9 +19,10 @@ _OPERATORS = (
 FOLDER = Path(os.environ.get("TPPLAN_ZOO_PACKAGES", Path(sys.prefix) / "vision"))
 
 library = torch.library.Library("torchvision", "FRAGMENT")
-for _name in _OPERATORS:
-    if not hasattr(torch.ops.torchvision, _name):
-        library.define(f"{_name}(Tensor x) -> Tensor")
+if torch.version.cuda is None:  # torchvision's own operators load beside a torch with CUDA, and may not exist twice
+    for _name in _OPERATORS:
+        if not hasattr(torch.ops.torchvision, _name):
+            library.define(f"{_name}(Tensor x) -> Tensor")
 if str(FOLDER) not in sys.path:
     sys.path.append(str(FOLDER))
 
