@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from tpplan.planner.attention import learned_mask_attention, stays_whole, whole_attention
+from tpplan.planner.attention import stays_whole, whole_attention
 from tpplan.planner.stand_in import FakeModel, RealModel
 from tpplan.planner.target import Target
 
