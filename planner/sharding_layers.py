@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from .graph import ModelGraph, Op, UnitClass
 from .sharding_products import BATCHED, PRODUCTS, operands
@@ -27,7 +28,7 @@ def layers_of(
     views : mapping of tensor id to Weight
     aliases : mapping of parameter name to the first name of the tensor
     """
-    seen: set[str] = set()
+    found: dict[str, Layer] = {}
     for op in cls.ops:
         base = op.name.split(".")[-2] if "." in op.name else op.name
         weight = _weight(op, base, views)
@@ -42,9 +43,10 @@ def layers_of(
             layer = _raw_layer(cls, op, base, weight, views)
         else:
             continue
-        if layer is not None and layer.fqn not in seen:
-            seen.add(layer.fqn)
-            yield layer
+        if layer is not None:
+            known = found.setdefault(layer.fqn, layer)
+            found[layer.fqn] = replace(known, flops=known.flops + op.forward_flops.at(1))
+    yield from found.values()
 
 
 def _weight(op: Op, base: str, views: Mapping[int, Weight]) -> Weight | None:

@@ -22,7 +22,8 @@ from .sharding_walk import inside
 _VOCAB_DEGREES = 8  # a vocabulary is split only if every other legal degree up to this divides it
 _SMALL_OUTPUT = 16  # an output is gathered if the weight is so many times larger than it (for one sample)
 _MOST_RESETS = 8  # per layer of a class
-_MINOR_SHARE = 0.05  # layers below this share of the parameters may not narrow the choice of tp
+_MINOR_SHARE = 0.05  # layers below this share of the parameters, and below the next
+_MINOR_WORK = 0.15  # share of the FLOPs, may not narrow the choice of tp
 
 Key = tuple[int, str]  # class index, module FQN relative to the unit
 
@@ -292,6 +293,10 @@ class Search:
         own += sum(self.layers[index][row].numel // len(rows[row]) for row in rows if fqn in rows[row])
         return own * sum(unit.class_index == index for unit in self.graph.units)
 
+    def _flops(self, key: Key) -> float:
+        """Forward FLOPs of a layer over all units of its class, for one sample."""
+        return self.layers[key[0]][key[1]].flops * sum(unit.class_index == key[0] for unit in self.graph.units)
+
     def _whole_parts(self) -> None:
         for _, members, common in self._components():
             if common == 1:
@@ -321,13 +326,15 @@ class Search:
                     self._replicate(key, f"tp = {', '.join(map(str, wanted))} do not all divide {size}")
 
     def _minor(self) -> None:
-        """Give up small layers of the body that would narrow the choice of tp."""
+        """Give up layers of the body that would narrow the choice of tp: few parameters, and little work."""
         body = [c for c in self._components() if not self._is_vocabulary(c[1])]
         total, common = sum(c[0] for c in body), 0
+        work = sum(self._flops(key) for c in body for key in c[1])
         for numel, members, size in sorted(body, key=lambda c: (-c[0], sorted(c[1]))):
             narrower = math.gcd(common, size)
             lost = any(common % d == 0 and narrower % d for d in range(2, _VOCAB_DEGREES + 1))
-            if common and lost and numel < _MINOR_SHARE * total:
+            minor = numel < _MINOR_SHARE * total and sum(map(self._flops, members)) < _MINOR_WORK * work
+            if common and lost and minor:
                 for key in members:
                     self._replicate(key, f"its {size} parts would limit tp")
             else:

@@ -102,7 +102,8 @@ class Layer:
 
     `weight` is its absolute name. `kind`: linear, embedding, convolution (modules with a weight and perhaps a
     bias), raw (a parameter that a product reads directly). `owner` is the module whose code runs the product;
-    `region` says that this code must run on plain local tensors. `out_per_sample` is the size of the output.
+    `region` says that this code must run on plain local tensors. `out_per_sample` is the size of the output, `flops`
+    those of the forward; both for one sample.
     """
 
     fqn: str
@@ -113,6 +114,7 @@ class Layer:
     owner: str = ""
     region: bool = False
     out_per_sample: float = math.inf
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -217,3 +218,18 @@ def test_a_split_is_stopped_and_the_reason_said(between: str, args: tuple[object
 def test_an_indivisible_width_leaves_tp_1() -> None:
     assert analyse(hand_graph("aten.gelu.default", width=13)).degrees_allowed(8) == [1]
     assert analyse(hand_graph("aten.gelu.default", width=13)).degrees_allowed(13) == [1, 13]
+
+
+def test_an_opaque_part_stays_whole() -> None:
+    graph = replace(hand_graph("aten.gelu.default"), opaque=(("h.1.down", "model.py, line 3: data decides", 0.1),))
+    s = analyse(graph)
+    assert not any("down" in name for name in (*s.styles, *s.parameter_split))
+    assert s.whole["h.1.down"] == "it is an opaque part"
+
+
+def test_collectives_of_a_loop_over_time_steps_are_counted_once_a_step() -> None:
+    graph = hand_graph("aten.gelu.default")
+    cls = graph.classes[0]
+    looped = replace(cls, ops=tuple(replace(op, repeat=5) for op in cls.ops))
+    s = analyse(replace(graph, classes=(looped,)))
+    assert [c.repeat for c in s.of_class(0).collectives if c.phase == "forward"] == [5]
