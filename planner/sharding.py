@@ -163,9 +163,9 @@ def _reasons(search: Search, split: Mapping[str, int]) -> Iterable[str]:
 
 def _whole(search: Search) -> Iterator[tuple[str, str]]:
     for unit in search.graph.units:
-        for fqn, layer in search.layers[unit.class_index].items():
-            reason = search.why.get((unit.class_index, fqn))
-            if reason is not None and not is_split(search, unit.class_index, layer):
+        for (index, fqn), reason in search.why.items():
+            layer = search.layers[index].get(fqn)  # None: in an opaque part
+            if index == unit.class_index and (layer is None or not is_split(search, index, layer)):
                 yield _name(unit.fqn, fqn), reason
 
 
