@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
-
+from .cuts import mark_cuts, mark_replicated
 from .recording import RawCall, RawOp, Recording
-from .signature import LISTS
-
-LARGEST_SHARE = 4  # a unit with more than 1/4 of the FLOPs leaves no choice of pipeline stages
 
 
 @dataclass(slots=True)
@@ -40,85 +36,7 @@ class ReplayInexact(Exception):
     """A replayed layer is not like the one that stands for it; the caller traces all layers."""
 
 
-class Borders:
-    """Which modules are looked into, so that the calls inside them are units.
-
-    Lists, and whatever holds a list of repeated blocks; and, after the first run (which shows the FLOPs), every
-    module that holds more than a quarter of the model's and spends most of them in composite modules of its own.
-
-    Parameters
-    ----------
-    model : nn.Module
-    repeated : mapping
-        What `repeated_lists` found.
-
-    Attributes
-    ----------
-    opened : set of str
-        FQNs of the modules that are looked into.
-    """
-
-    def __init__(self, model: nn.Module, repeated: Mapping[str, Sequence[Sequence[nn.Module]]]) -> None:
-        self.opened = {""}
-        self._blocks: set[str] = set()
-        self._settled = False
-        members = {id(m) for groups in repeated.values() for group in groups for m in group}
-        for fqn in repeated:
-            parts = fqn.split(".")
-            self.opened.update(".".join(parts[: i + 1]) for i in range(len(parts)))
-        self._open_lists(model, "", members)
-
-    def _open_lists(self, module: nn.Module, fqn: str, members: set[int]) -> None:
-        for name, child in module.named_children():
-            path = f"{fqn}.{name}" if fqn else name
-            if id(child) in members or isinstance(module, LISTS):
-                self._blocks.add(path)
-            if id(child) in members:
-                continue
-            if isinstance(child, LISTS):
-                self.opened.add(path)
-            if path in self.opened:
-                self._open_lists(child, path, members)
-
-    def settle(self, rec: Recording) -> None:
-        """Open what is too large, by the FLOPs of a first run; later runs change nothing."""
-        if self._settled:
-            return
-        self._settled = True
-        flops, children = _inclusive_flops(rec), _children(rec)
-        total = sum(flops[c] for c in children.get(-1, []))
-        large = True
-        while large:
-            large = {
-                rec.calls[u].fqn
-                for u in _unit_calls(rec, self.opened)
-                if flops[u] * LARGEST_SHARE > total
-                and rec.calls[u].fqn not in self._blocks
-                and 2 * sum(flops[c] for c in children.get(u, []) if c in children) > flops[u]
-            }
-            self.opened |= large
-
-
-def _inclusive_flops(rec: Recording) -> list[float]:
-    """Forward FLOPs of each call with all that runs inside it; a replayed call has those of its template."""
-    flops = [0.0] * len(rec.calls)
-    for op in rec.ops:
-        if op.call >= 0:
-            flops[op.call] += op.kernel.flops.base
-    for call in reversed(rec.calls):
-        if call.replay_of < 0 and call.parent >= 0:
-            flops[call.parent] += flops[call.index]
-    for call in rec.calls:
-        if call.replay_of >= 0:
-            flops[call.index] = flops[call.replay_of]
-            parent = call.parent
-            while parent >= 0:
-                flops[parent] += flops[call.index]
-                parent = rec.calls[parent].parent
-    return flops
-
-
-def _children(rec: Recording) -> dict[int, list[int]]:
+def children_of(rec: Recording) -> dict[int, list[int]]:
     """Calls made directly by each call, -1 for the model's caller."""
     children: dict[int, list[int]] = {}
     for call in rec.calls:
@@ -126,9 +44,9 @@ def _children(rec: Recording) -> dict[int, list[int]]:
     return children
 
 
-def _unit_calls(rec: Recording, opened: set[str]) -> list[int]:
+def unit_calls(rec: Recording, opened: set[str]) -> list[int]:
     """Indices of the calls that are units, in order of execution."""
-    children = _children(rec)
+    children = children_of(rec)
 
     def collect(index: int) -> list[int]:
         if rec.calls[index].fqn not in opened:
@@ -154,7 +72,7 @@ def build_chain(rec: Recording, opened: set[str], looped: frozenset[str] = froze
     Operators run directly by a module that is looked into (glue) belong to the unit that follows them, those
     after the last unit to the last. A call without operators joins the next unit.
     """
-    units = _unit_calls(rec, opened)
+    units = unit_calls(rec, opened)
     joined = [u for u in units if rec.calls[u].fqn in looped]
     units = [u for u in units if not joined or not joined[0] < u <= joined[-1]]
     owner = _inside(rec, units)
@@ -184,7 +102,7 @@ def build_chain(rec: Recording, opened: set[str], looped: frozenset[str] = froze
         span.glue = {op.index for op in span.ops if op.call < 0 or owner[op.call] < 0}
     _find_done(rec, spans, opened)
     _connect(rec, spans)
-    _mark_cuts(rec, spans, _mark_replicated(rec, spans))
+    mark_cuts(rec, spans, mark_replicated(rec, spans))
     return spans
 
 
@@ -262,57 +180,6 @@ def _replayed_outputs(template: Span, span: Span, consumed: set[int]) -> None:
     own = set(span.call.outputs) | {t for op in span.ops for t in op.outputs}
     if {t for t in own - set(span.inputs) if t in consumed} != set(span.outputs):
         raise ReplayInexact(f"{span.call.fqn}: other outputs are used than those of {template.call.fqn}")
-
-
-def _mark_replicated(rec: Recording, spans: list[Span]) -> set[int]:
-    """Mark units computed from the model's inputs and constants alone, and return the tensors every stage has.
-
-    Every stage runs such units, and all glue: so what glue computes from the inputs alone needs no wire.
-    """
-    everywhere = {t.id for t in rec.tensors if t.kind == "input"}
-    everywhere |= {t.id for t in rec.tensors if t.kind == "constant" and t.id not in rec.produced}
-    for span in spans:
-        local = set(everywhere)
-        plain = span.template < 0
-        for op in span.ops:
-            kinds = [rec.tensors[t].kind for t in op.inputs]
-            cheap = all(t in local or k == "buffer" for t, k in zip(op.inputs, kinds, strict=True))
-            cheap = cheap and not any(rec.tensors[t].requires_grad for t in op.outputs)
-            if cheap:
-                local.update(op.outputs)
-                if op.index in span.glue:
-                    everywhere.update(op.outputs)
-            else:
-                plain = False
-        if plain and span.position < len(spans) - 1:
-            span.replicated = True
-            everywhere.update(span.outputs)
-    return everywhere
-
-
-def _mark_cuts(rec: Recording, spans: list[Span], everywhere: set[int]) -> None:
-    """A cut is legal where every live tensor is an output of a unit's own module call."""
-    place: dict[int, tuple[int, int]] = {}
-    last_use: dict[int, int] = {}
-    for span in spans:
-        for index, t in enumerate(span.outputs):
-            place[t] = (span.position, index)
-        for t in span.inputs:
-            last_use[t] = span.position
-    returned = {t for span in spans for call in span.calls for t in _own_outputs(rec, span, call)}
-    returned |= {t for span in spans for call in span.done for t in rec.calls[call].outputs}
-    live: set[int] = set()
-    for span in spans[:-1]:
-        live |= {t for t in span.outputs if t not in everywhere}
-        live = {t for t in live if last_use[t] > span.position}
-        span.cut_after = bool(live) and not span.replicated and live <= returned
-        span.wire = tuple(sorted(place[t] for t in live)) if span.cut_after else ()
-
-
-def _own_outputs(rec: Recording, span: Span, call: int) -> Iterable[int]:
-    """Outputs of the unit's own call, and of calls without operators that joined it."""
-    raw = rec.calls[call]
-    return raw.outputs if raw is span.call or raw.start == raw.end else ()
 
 
 def output_leaf(rec: Recording, span: Span, tensor: int) -> tuple[str, int, int]:

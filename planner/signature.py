@@ -188,19 +188,24 @@ def _is_stage(module: nn.Module) -> bool:
     """Whether `module` does little but run lists of blocks (a level of a U-Net, a stage of a Swin or ResNet).
 
     The lists are its own children and hold most of its parameters, and at most two other children have any (what
-    changes the resolution). A block has more: attention, its norms, a router beside its experts.
+    changes the resolution), none of them a router of experts. A block has more: attention, its norms.
     """
     if isinstance(module, nn.ModuleDict):
         return False
     if isinstance(module, LISTS):
         return _repeats_a_type(list(module.children()))
-    inside = others = 0
-    for child in module.children():
-        if isinstance(child, LISTS) and _repeats_a_type(list(child.children())):
-            inside += _numel(child)
-        elif not isinstance(child, LISTS):
-            others += _numel(child) > 0
-    return others <= 2 and 2 * inside > _numel(module)
+    children = list(module.children())
+    lists = [c for c in children if isinstance(c, LISTS) and _repeats_a_type(list(c.children()))]
+    others = [c for c in children if not isinstance(c, LISTS) and _numel(c)]
+    if any(_routes(module, others, len(inner)) for inner in lists):
+        return False
+    return len(others) <= 2 and 2 * sum(_numel(inner) for inner in lists) > _numel(module)
+
+
+def _routes(module: nn.Module, others: Sequence[nn.Module], experts: int) -> bool:
+    """Whether a matrix beside a list has one row or column for each of its members: a router's."""
+    beside = [*module.parameters(recurse=False), *(p for other in others for p in other.parameters(recurse=False))]
+    return any(p.dim() == 2 and experts in p.shape for p in beside)
 
 
 def _numel(module: nn.Module) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .borders import Borders
 from .budget import Limits
-from .chain import Borders
 from .graph import Parameter
 from .signature import repeated_lists
 
