@@ -195,6 +195,16 @@ def _masked_patches(request: Request) -> torch.Tensor | None:
     return order < patches // 2
 
 
+def _patch_noise(request: Request) -> torch.Tensor | None:
+    """A number for every patch, by whose order a masked autoencoder hides patches; drawn by forward otherwise."""
+    config = request.config
+    return (
+        torch.rand(request.batch, (request.seq // config.patch_size) ** 2, device="cpu")
+        if hasattr(config, "mask_ratio")
+        else None
+    )
+
+
 def _input_features(request: Request) -> torch.Tensor | None:
     if "input_ids" in request.takes:
         return None
@@ -299,6 +309,7 @@ _MAKERS: Mapping[str, Callable[[Request], Any]] = {
     "pixel_values": _pixel_values,
     "image_grid_thw": _image_grid,
     "bool_masked_pos": _masked_patches,
+    "noise": _patch_noise,
     "input_features": _input_features,
     "input_values": _input_values,
     "input_points": _points,

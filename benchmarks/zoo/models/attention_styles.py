@@ -122,24 +122,24 @@ class Decoder(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), labels.flatten())
 
 
-def fused(vocab=32000, dim=1536, heads=12, layers=24):
-    return Decoder(lambda: FusedBlock(dim, heads, 8 * dim // 3), vocab, dim, layers)
+def fused(vocab=32000, dim=1536, heads=12, layers=24, longest=2048):
+    return Decoder(lambda: FusedBlock(dim, heads, 8 * dim // 3), vocab, dim, layers, longest=longest)
 
 
-def grouped_fused(vocab=32000, dim=1024, heads=16, layers=24, groups=4):
-    return Decoder(lambda: GroupedFusedBlock(dim, heads, 4 * dim, groups), vocab, dim, layers)
+def grouped_fused(vocab=32000, dim=1024, heads=16, layers=24, groups=4, longest=2048):
+    return Decoder(lambda: GroupedFusedBlock(dim, heads, 4 * dim, groups), vocab, dim, layers, longest=longest)
 
 
-def einsum(vocab=32000, dim=1024, heads=16, layers=24):
-    return Decoder(lambda: EinsumBlock(dim, heads, 4 * dim), vocab, dim, layers, masked=True)
+def einsum(vocab=32000, dim=1024, heads=16, layers=24, longest=2048):
+    return Decoder(lambda: EinsumBlock(dim, heads, 4 * dim), vocab, dim, layers, masked=True, longest=longest)
 
 
-def raw_parameters(vocab=32000, dim=1024, heads=16, layers=24):
-    return Decoder(lambda: RawBlock(dim, heads, 4 * dim), vocab, dim, layers)
+def raw_parameters(vocab=32000, dim=1024, heads=16, layers=24, longest=2048):
+    return Decoder(lambda: RawBlock(dim, heads, 4 * dim), vocab, dim, layers, longest=longest)
 
 
-def tied_weights(vocab=50000, dim=1024, heads=16, layers=16):
-    return Decoder(lambda: FusedBlock(dim, heads, 4 * dim), vocab, dim, layers, tied=True)
+def tied_weights(vocab=50000, dim=1024, heads=16, layers=16, longest=2048):
+    return Decoder(lambda: FusedBlock(dim, heads, 4 * dim), vocab, dim, layers, tied=True, longest=longest)
 
 
 def example_inputs(batch, seq, model):

@@ -67,7 +67,8 @@ def dit(**sizes):
     return DiT(**sizes)
 
 
-def example_inputs(batch, seq=32):
+def example_inputs(batch, seq, model):
     image = (batch, 4, seq, seq)
-    t, y = (torch.randint(0, 1000, (batch,)) for _ in range(2))
+    t = torch.randint(0, 1000, (batch,))
+    y = torch.randint(0, model.y_embed.num_embeddings - 1, (batch,))
     return {"x": torch.randn(image), "t": t, "y": y, "noise": torch.randn(image)}
