@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._autograd import _get_sequence_nr
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,7 @@ from .recording import RawCall, RawOp, Recording
 from .registry import Registry
 from .values import frozen
 
+_DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
 _NO_NODE = 2**64 - 1  # the sequence number of AccumulateGrad
 
 
@@ -76,6 +78,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator and record it."""
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # two of three calls: autograd asks for every gradient
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
         info = self._infos.get(func)
         if info is None:

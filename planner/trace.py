@@ -150,8 +150,8 @@ def _runs(
             return run_once(stand_in, target, batch, sequence_length, parameters, full, low)
 
         first, low = _with_all_layers(lambda low: once(BATCHES[0], low), parameters)
-        others = [once(b, low) for b in BATCHES[1:]]
-        if _outline(first) != _outline(others[0]) == _outline(others[1]):  # its first forward changed the model
+        others = [once(b, low) for b in BATCHES[1 : stand_in.limits.batches]]
+        if _outline(first) != _outline(others[0]) == _outline(others[-1]):  # its first forward changed the model
             first = once(BATCHES[0], low)
         return [first, *others]
 
