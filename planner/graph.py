@@ -112,7 +112,9 @@ class Kernel:
 
     `kind`: gemm | attention | conv | embedding | memory | free (views, no kernel).
     `dims` as functions of b: gemm (batch, m, n, k) with out[m, n] = a[m, k] b[k, n];
-    attention (batch, heads, kv_heads, q_len, kv_len, head_dim, causal 0/1); otherwise empty.
+    attention (batch, heads, kv_heads, q_len, kv_len, head_dim, causal 0/1); conv, of the forward operator in its
+    backward kernels too, (n, c_in, c_out, groups, output elements of one channel, kernel elements of one channel
+    pair, transposed 0/1); otherwise empty. Recurrent layers (cuDNN) are gemms of one step each, `batch` of them.
     `wrt` is "forward", or for a backward kernel what it computes: "input", "weight" or "other".
     `bytes_moved` is the least traffic of a perfect kernel: distinct inputs read once, outputs written once.
     """

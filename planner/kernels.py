@@ -30,6 +30,8 @@ _CONVOLUTION = {"convolution", "_convolution", "convolution_overrideable", "cudn
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
 _GEMM = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
 
+_VECTOR = {"mv", "addmv", "dot", "vdot", "addbmm"}  # products that torch's counter leaves out
+
 # Operators that allocate or rename memory without a kernel, beside those whose schema declares a view.
 _FREE = {"_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_strided", "empty_like", "new_empty"}
 _FREE |= {"new_empty_strided", "_local_scalar_dense", "set_", "resize_", "is_same_size", "_reshape_alias"}
@@ -145,6 +147,16 @@ def _gemm_dims(base: str, args: Sequence[Any]) -> tuple[int, ...]:
     if a.dim() == 3:
         return (a.shape[0], a.shape[1], b.shape[2], a.shape[2])
     return (1, a.shape[0], b.shape[1], a.shape[1])
+
+
+def _vector_dims(base: str, args: Sequence[Any]) -> tuple[int, ...]:
+    """(batch, m, n, k) of products with vectors, and of a sum of products."""
+    a, b = args[1:3] if base in ("addmv", "addbmm") else args[:2]
+    if base in ("dot", "vdot"):
+        return (1, 1, 1, a.shape[0])
+    if base == "addbmm":
+        return (1, a.shape[1], b.shape[2], a.shape[0] * a.shape[2])
+    return (1, a.shape[0], 1, a.shape[1])
 
 
 def _grouped_dims(a: Any, b: Any, groups: int) -> tuple[float, ...]:
@@ -274,6 +286,9 @@ def price(
         return [make("conv", _convolution_flops(x, weight, output, transposed), dims)], ""
     if info.base in _GEMM:
         dims = _gemm_dims(info.base, args)
+        return [make("gemm", 2 * dims[0] * dims[1] * dims[2] * dims[3], dims, tensors[-1].dtype)], ""
+    if info.base in _VECTOR:
+        dims = _vector_dims(info.base, args)
         return [make("gemm", 2 * dims[0] * dims[1] * dims[2] * dims[3], dims, tensors[-1].dtype)], ""
     if info.base in ("embedding", "embedding_dense_backward"):
         return [make("embedding", 0)], ""
