@@ -21,6 +21,7 @@ from .channels import (
     torch_batch_norm,
     torch_group_norm,
 )
+from .pooling import CHANNELWISE
 from .products import (
     einsum_on_local_batches,
     matmul_on_local_batches,
@@ -37,7 +38,7 @@ _OWN: dict[int, Callable[..., Any]] = {
     id(torch_einsum): einsum_on_local_batches,
     id(torch_batch_norm): batch_norm_of_local_channels,
     id(torch_group_norm): group_norm_of_local_channels,
-    **{id(function): own for function, own in CONVOLUTIONS.items()},
+    **{id(function): own for function, own in {**CONVOLUTIONS, **CHANNELWISE}.items()},
 }
 # (namespace, name, torch's function): a property of this process's modules, like sys.modules itself.
 _names: list[tuple[dict[str, Any], str, Any]] = []
