@@ -181,30 +181,53 @@ def run(plan: Path, **options: Any) -> None:
     help="Samples that the figures are for.",
 )
 @click.option("--full", is_flag=True, help="Trace every layer, instead of replaying repeated ones.")
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Write the whole graph as JSON; - is stdout.",
+)
+@click.option(
+    "--svg",
+    "svg_file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Write a picture of the folded graph; - is stdout.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What stdout gets: the table, or the totals as JSON.",
+)
 @debug_option
-def trace(target: str, model_args: tuple[str, ...], inputs: tuple[str, ...], seq_len: int | None, precision: str,
-          batch_size: int, full: bool, format_: str) -> None:  # fmt: skip
-    """Show the graph of TARGET: units, classes, parameters, FLOPs and bytes saved for backward."""
+def trace(target: str, model_args: tuple[str, ...], inputs: tuple[str, ...], seq_len: int | None,
+          precision: str, batch_size: int, full: bool, json_file: Path | None, svg_file: Path | None,
+          format_: str) -> None:  # fmt: skip
+    """Show the graph of TARGET: layers, parameters, FLOPs, bytes saved for backward, what tp may split."""
+    from .reports.trace_outputs import TraceOutputs
+
+    outputs = TraceOutputs(json_file, svg_file, format_)
+    outputs.check()
+    if seq_len is not None and seq_len < 1:
+        raise UsageError(f"--seq-len is {seq_len}.", "Give --seq-len 1 or more.")
     with progress(format_ == "text") as (say, _):
-        say("trace", f"tracing {target}")
-        from .planner.graph_view import layer_table
+        say("load", f"loading {target}")
+        from .planner.sharding import analyse
         from .planner.target import load_target
         from .planner.trace import trace as trace_target
 
         loaded = load_target(target, model_args=parse_model_args(model_args), inputs=inputs, precision=precision)
         length = seq_len or loaded.default_sequence_length()
+        say("trace", f"tracing {loaded.name} at sequence length {length}")
         graph = trace_target(loaded, sequence_length=length, precision=precision, full=full)
-    totals = graph.summary(batch_size)
-    if format_ == "json":
-        import json
-
-        click.echo(json.dumps(totals, indent=2))
-        return
-    from .reports.screen import trace_table
-
-    title = f"{graph.name}: batch {batch_size}, sequence {length}, {precision}"
-    stdout_console().print(trace_table(layer_table(graph, batch_size), totals, title))
+        say("shard", f"finding what tensor parallelism may split in {len(graph.classes)} classes of layers")
+        sharding = analyse(graph)
+    for path in outputs.write(graph, sharding, batch_size, stdout_console()):
+        click.echo(f"tpplan: wrote {path}", err=True)
 
 
 @cli.command()

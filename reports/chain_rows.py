@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..planner.graph import ModelGraph
 
@@ -120,7 +121,7 @@ def _alternatives(column: Sequence[str]) -> str:
         return "{" + ",".join(column) + "}" if len(column) <= 4 else "*"
     values = sorted(int(value) for value in column)
     step = values[1] - values[0]
-    if step > 1 and len(values) > 2 and all(b - a == step for a, b in zip(values, values[1:], strict=False)):
+    if step > 1 and len(values) > 2 and all(b - a == step for a, b in pairwise(values)):
         return f"{{{values[0]}-{values[-1]}:{step}}}"
     ranges: list[list[int]] = []
     for value in values:

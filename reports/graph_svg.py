@@ -9,7 +9,7 @@ from ..planner.graph import ModelGraph
 from ..planner.sharding import Sharding
 from ..units import format_bytes, format_count
 from .class_parts import LayerChip
-from .graph_svg_blocks import Block, Story, story
+from .graph_svg_blocks import Story, story
 from .graph_svg_layout import (
     BAR_COLUMN,
     BAR_WIDTH,
@@ -38,6 +38,7 @@ from .graph_svg_layout import (
 from .graph_svg_style import HATCH, STYLES, css
 
 LARGEST_BYTES = 200_000
+SVG_MARK = ": folded graph</title>"  # near the beginning of every such file
 _TITLE_LINE = 17
 
 
@@ -90,7 +91,7 @@ def _draw(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told: 
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="t d">',
-            f'<title id="t">{escape(graph.name)}: folded graph</title>',
+            f'<title id="t">{escape(graph.name)}{SVG_MARK}',
             f'<desc id="d">{escape(_description(graph, told, facts))}</desc>',
             f"<style>{css()}</style><defs>{HATCH}</defs>",
             *body,
@@ -156,7 +157,7 @@ def _legend(keys: Iterable[tuple[str, int, float, str]], top: float) -> Iterator
             yield f'<rect x="{_n(x)}" y="{_n(y)}" width="16" height="12" fill="url(#opaque)"/>'
         else:
             thin = what in ("flops", "share")
-            yield f'<rect class="{what}" x="{_n(x)}" y="{_n(y + 3 * thin)}" width="16" height="{6 if thin else 12}" rx="2"/>'
+            yield _rect(Box(x, y + 3 * thin, 16, 6 if thin else 12), what, 2)
         yield _text(x + 22, y + 10, text, "soft chip")
 
 

@@ -48,7 +48,8 @@ _FIXED = (
     "text{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}"
     ".title{font-size:20px;font-weight:bold}.name{font-size:13px;font-weight:bold}.text{font-size:11px}"
     ".chip{font-size:10px}.line,.flow,.skip,.cut,.hatch{fill:none}.flow{stroke-width:1.5}"
-    ".skip{stroke:currentColor;stroke-width:1.5;stroke-opacity:.8}.tip{fill:currentColor}.skips:hover .skip{stroke-width:3;stroke-opacity:1}"
+    ".skip{stroke:currentColor;stroke-width:1.5;stroke-opacity:.8}.tip{fill:currentColor}"
+    ".skips:hover .skip{stroke-width:3;stroke-opacity:1}"
     ".cut{stroke-width:2;stroke-dasharray:6 4}.hatch{stroke-width:1.5}.frame{stroke-dasharray:2 3}"
 )
 

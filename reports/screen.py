@@ -1,4 +1,4 @@
-"""The text that `tpplan suggest`, `trace` and `hardware` print, as rich renderables."""
+"""The text that `tpplan suggest` and `hardware` print, as rich renderables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.plan import Baseline, MeshSection, Plan
-from ..units import format_bytes, format_count, format_seconds, gib
+from ..units import format_count, format_seconds, gib
 
 
 def mesh_text(mesh: MeshSection) -> str:
@@ -155,27 +155,6 @@ def _list(title: str, lines: Sequence[str]) -> RenderableType:
     if not lines:
         return Text("")
     return Group(Text(title, style="bold"), *(Text(f"  {line}") for line in lines))
-
-
-def trace_table(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], title: str) -> RenderableType:
-    """The folded graph as a table, one row a class, and its totals."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    for column, justify in (
-        ("unit", "left"), ("count", "right"), ("parameters", "right"), ("FLOPs forward", "right"),
-        ("FLOPs backward", "right"), ("saved", "right"),
-    ):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in rows:
-        cells = [format_count(row[name]) for name in ("parameters", "flops_forward", "flops_backward")]
-        unit = f"{row['first']} ({row['module']})"
-        table.add_row(unit, str(row["count"]), *cells, format_bytes(row["saved_bytes"]))
-    table.add_section()
-    table.add_row(
-        "total", str(summary["layers"]), format_count(summary["parameters"]), format_count(summary["flops_forward"]),
-        format_count(summary["flops_backward"]), format_bytes(summary["saved_bytes"]), style="bold",
-    )  # fmt: skip
-    opaque = [Text(f"opaque: {item}") for item in summary["opaque"]]
-    return Group(table, *opaque)
 
 
 def frame_table(frame: Any) -> Table:
