@@ -46,7 +46,7 @@ class Search:
     outcomes: list[Outcome] = field(default_factory=list)
     settled: set[Key] = field(default_factory=set)  # decided by a rule that spans classes
     resets: int = 0
-    gather_all: bool = False  # any linear layer may have its output gathered
+    gather_all: bool = False  # any linear or convolution may have its output gathered
 
     def run(self) -> None:
         """Interpret, settle what spans classes, repeat until nothing changes."""
@@ -179,10 +179,10 @@ class Search:
     def _gathers(self, key: Key) -> bool:
         """Whether a linear layer is worth sharding although its output must be gathered: far smaller, or a head."""
         layer = self.layers[key[0]][key[1]]
+        if self.gather_all and layer.kind in ("linear", "convolution"):
+            return True
         if layer.kind != "linear":
             return False
-        if self.gather_all:
-            return True
         return _SMALL_OUTPUT * layer.out_per_sample <= layer.numel or self._is_head(key)
 
     def _is_head(self, key: Key) -> bool:
