@@ -36,6 +36,19 @@ from tpplan.planner.trace import trace  # noqa: E402
 MEASURED = ROOT / "benchmarks" / "results" / "models_e2e_memory.csv"
 PAGE = ROOT / "docs" / "traced-memory.md"
 LAYOUTS = {"one": (1, 1), "fsdp2": (1, 2), "fsdp4": (1, 4), "hsdp4": (4, 1)}  # dp_replicate, dp_shard
+INTRODUCTION = """\
+Written by `python benchmarks/traced_memory.py --write`. The peak of active bytes on one rank as the trace and the
+cost model give it, before any run, beside what torch 2.11 reported on H200 and H100 GPUs (the two agree to three
+decimals, so equal rows are listed once). `batch x length` is per rank; a length is tokens, or the side of images or
+latents.
+
+No number is fitted to these rows, but three rules came out of earlier versions of the table, so it is no independent
+test of them: dropout keeps a mask of one byte an element, attention with a learned mask runs as products and a softmax
+in float32, and compiled blocks keep what matrix products read.
+
+What is off: with full recompute, and for models whose parameters outweigh their activations (the small U-Net rows,
+DLRM), the peak adds gradients and the largest workspace, which are not there at the same moment. DLRM under fsdp4 is
+not explained.""".splitlines()
 HARDWARE = {"h100": "h100-sxm", "h200": "h200-sxm"}
 
 
@@ -160,11 +173,7 @@ def page(rows: Sequence[Compared]) -> str:
         [
             "# Traced memory beside measured memory",
             "",
-            "Written by `python benchmarks/traced_memory.py --write`. The peak of active bytes on one rank as the trace",
-            "and the cost model give it, before any run, beside what torch 2.11 reported on H200 and H100 GPUs (the two",
-            "agree to three decimals, so equal rows are listed once). `batch x length` is per rank; a length is tokens,",
-            "or the side of images or latents.",
-            "Nothing here is fitted to these rows.",
+            *INTRODUCTION,
             "",
             *summary(rows),
             "",

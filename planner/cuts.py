@@ -59,7 +59,7 @@ def mark_cuts(rec: Recording, spans: list[Span], everywhere: set[int]) -> None:
     for span in spans[:-1]:
         live |= {t for t in span.outputs if t not in everywhere}
         live = {t for t in live if last_use[t] > span.position}
-        if not span.replicated and all(t in made_of for t in live):
+        if not span.replicated and all(t in made_of and made_of[t] <= place.keys() for t in live):
             span.wire = tuple(sorted({place[source] for t in live for source in made_of[t]}))
             span.cut_after = bool(span.wire)
 
