@@ -274,11 +274,13 @@ class Recorder(TorchDispatchMode):
             if op.name == "aten.detach.default" and not op.backward and not used & set(op.outputs):
                 op.dead = True
                 alias[op.outputs[0]] = alias.get(op.inputs[0], op.inputs[0])
+        made_by = {t: op.index for op in rec.ops for t in op.outputs}
         for sequence, tensor in self._packed:
             index = self._by_sequence.get(sequence)
             if index is not None and index >= 0:
-                saved = rec.ops[index].saved
                 t = alias.get(tensor, tensor)
+                # an autograd Function is known by its first operator; it may save what a later one made
+                saved = rec.ops[max(index, made_by.get(t, index))].saved
                 if t not in saved:
                     saved.append(t)
         rec.produced = {t for op in rec.ops if not op.dead for t in op.outputs}
