@@ -546,3 +546,13 @@ def test_a_loss_on_split_classes() -> None:
     total = sum((p - top[:, None]).exp().sum(1) for p in parts)
     own = sum(((target // 4) == r) * (parts[r].gather(1, (target % 4)[:, None])[:, 0] - top) for r in range(TP))
     torch.testing.assert_close((total.log() - own).mean(), second.outputs[0])
+
+
+def test_a_bias_added_to_a_fused_projection_is_packed_alike() -> None:
+    x, b = numbers((3, 12)), numbers((12,))
+    packed = Split(1, frozenset({"up"}), segments=(4, 8))
+    found = claim(aten.add.Tensor, (x, b), {0: packed}, {1: Weight("b", (0,))})
+    assert found.results[0] == packed
+    assert found.walk.out.raw == {"b": (0, (4, 8))}
+    with pytest.raises(Conflict):
+        claim(aten.add.Tensor, (x, b), {0: packed})  # a whole activation would have to be permuted
