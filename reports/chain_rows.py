@@ -11,17 +11,18 @@ from itertools import pairwise
 
 from ..planner.graph import ModelGraph
 
-_LONGEST_PATTERN = 64  # units; a longer period is drawn unit by unit
+MANY_ROWS = 48  # from here on, layers that differ in sizes alone are shown in one row
+_LONGEST_PATTERN = 64  # runs; a longer period is drawn run by run
 _RANGES = 3  # of indices, in one name
 
-Item = tuple[int, tuple[int, ...]]  # class index, positions of the units that stand at this place of the pattern
+Run = tuple[tuple[int, int], tuple[int, ...]]  # (kind of class, units in a row), positions at this place of the pattern
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Units of one class that follow each other.
+    """Units of one class, or of classes that look alike, that follow each other.
 
-    class_index : the class
+    class_index : the class of the first unit
     positions : of all the units, over all repetitions of the patterns around the row
     run : how many follow each other directly, in one repetition
     """
@@ -39,9 +40,35 @@ class Group:
     members: tuple[Row | Group, ...]
 
 
-def chain_rows(graph: ModelGraph) -> tuple[Row | Group, ...]:
-    """Rows and groups in order of execution; every unit is in exactly one row."""
-    return _compress([(unit.class_index, (unit.position,)) for unit in graph.units])
+def chain_rows(graph: ModelGraph, alike: Sequence[int] | None = None) -> tuple[Row | Group, ...]:
+    """Rows and groups in order of execution; every unit is in exactly one row.
+
+    Parameters
+    ----------
+    graph : ModelGraph
+    alike : sequence of int, optional
+        For each class, a number that it shares with those that may be in one row with it. [default: its own]
+    """
+    kinds = range(len(graph.classes)) if alike is None else alike
+    runs: list[Run] = []
+    for unit in graph.units:
+        kind = kinds[unit.class_index]
+        if runs and runs[-1][0][0] == kind:
+            (_, before), positions = runs.pop()
+            runs.append(((kind, before + 1), (*positions, unit.position)))
+        else:
+            runs.append(((kind, 1), (unit.position,)))
+    return _with_classes(graph, _compress(runs))
+
+
+def _with_classes(graph: ModelGraph, rows: Iterable[Row | Group]) -> tuple[Row | Group, ...]:
+    """The rows with the class of their first unit in place of the kind."""
+    return tuple(
+        Row(graph.units[row.positions[0]].class_index, row.positions, row.run)
+        if isinstance(row, Row)
+        else Group(row.count, _with_classes(graph, row.members))
+        for row in rows
+    )
 
 
 def leaves(members: Iterable[Row | Group]) -> Iterator[Row]:
@@ -53,29 +80,30 @@ def leaves(members: Iterable[Row | Group]) -> Iterator[Row]:
             yield from leaves(member.members)
 
 
-def _compress(items: Sequence[Item]) -> tuple[Row | Group, ...]:
+def _compress(runs: Sequence[Run]) -> tuple[Row | Group, ...]:
     found: list[Row | Group] = []
     start = 0
-    while start < len(items):
-        period, count = _best_repeat(items, start)
+    while start < len(runs):
+        period, count = _best_repeat(runs, start)
         merged = [
-            (items[start + k][0], tuple(sorted(p for r in range(count) for p in items[start + r * period + k][1])))
+            (runs[start + k][0], tuple(sorted(p for r in range(count) for p in runs[start + r * period + k][1])))
             for k in range(period)
         ]
-        if period == 1:
-            found.append(Row(merged[0][0], merged[0][1], count))
+        if count == 1:
+            (kind, length), positions = merged[0]
+            found.append(Row(kind, positions, length))
         else:
             found.append(Group(count, _compress(merged)))
         start += period * count
     return tuple(found)
 
 
-def _best_repeat(items: Sequence[Item], start: int) -> tuple[int, int]:
-    """(period, count) of the repetition from `start` that saves most items; (1, 1) if nothing repeats."""
+def _best_repeat(runs: Sequence[Run], start: int) -> tuple[int, int]:
+    """(period, count) of the repetition from `start` that saves most runs; (1, 1) if nothing repeats."""
     best, saved = (1, 1), 0
-    for period in range(1, min(_LONGEST_PATTERN, (len(items) - start) // 2) + 1):
+    for period in range(2, min(_LONGEST_PATTERN, (len(runs) - start) // 2) + 1):
         same = 0
-        while start + same + period < len(items) and items[start + same][0] == items[start + same + period][0]:
+        while start + same + period < len(runs) and runs[start + same][0] == runs[start + same + period][0]:
             same += 1
         count = same // period + 1
         if period * (count - 1) > saved:
@@ -97,6 +125,8 @@ def name_pattern(names: Sequence[str]) -> str:
     'layers.{0-2}.mlp'
     >>> name_pattern(["down.0.res.0", "down.0.res.1", "down.1.res.0", "down.1.res.1"])
     'down.{0-1}.res.{0-1}'
+    >>> name_pattern(["layer1.conv", "layer2.conv", "layer4.conv"])
+    'layer{1-2,4}.conv'
     >>> name_pattern(["layers.5", "layers.11", "layers.17", "layers.23"]), name_pattern([""])
     ('layers.{5-23:6}', '(model)')
     """
@@ -117,6 +147,10 @@ def name_pattern(names: Sequence[str]) -> str:
 
 def _alternatives(column: Sequence[str]) -> str:
     """One part of a name that takes several values."""
+    stems = {value.rstrip("0123456789") for value in column}
+    if len(stems) == 1 and stems != {""} and stems.isdisjoint(column):
+        stem = stems.pop()
+        return stem + _alternatives([value.removeprefix(stem) for value in column])
     if not all(value.isdigit() for value in column):
         return "{" + ",".join(column) + "}" if len(column) <= 4 else "*"
     values = sorted(int(value) for value in column)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..planner.graph import ModelGraph, Op, Parameter, Unit, UnitClass
 from ..planner.graph_view import absolute
 from ..planner.sharding import Sharding
-from .chain_rows import name_pattern
+from .chain_rows import Row, name_pattern
 
 WHOLE = "whole"
 ATTENTION = "attention"
@@ -20,7 +21,7 @@ _MOST = 0.9  # of the operators in one child: its own children say more
 class LayerChip:
     """A module that holds weights, or several alike.
 
-    name : pattern of the names relative to the part; the style where the part itself is the layer
+    name : pattern of the names relative to the part; the style where the part itself is its only layer
     style : tp style as in plan.json, "attention" (attends on 1/tp of the heads), or "whole"
     parameters : elements, of all of them together
     why : why it stays whole, "" if nothing is known
@@ -60,6 +61,39 @@ def flops_of(graph: ModelGraph, index: int, batch: int) -> int:
 def parameters_of(cls: UnitClass) -> int:
     """Elements of the parameters that a unit of the class reads."""
     return sum(p.numel for p in cls.parameters if not p.is_buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSize:
+    """Figures of one unit of a row: of each, if they are `equal`, else the mean."""
+
+    equal: bool
+    parameters: float
+    flops_forward: float
+    flops_backward: float
+    saved_bytes: float
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward."""
+        return self.flops_forward + self.flops_backward
+
+
+def row_size(graph: ModelGraph, row: Row, batch: int) -> RowSize:
+    """The figures of a row at `batch` samples."""
+    counts = Counter(graph.units[p].class_index for p in row.positions)
+    n = len(row.positions)
+
+    def mean(figure: Callable[[UnitClass], float]) -> float:
+        return sum(figure(graph.classes[i]) * count for i, count in counts.items()) / n
+
+    return RowSize(
+        len(counts) == 1,
+        mean(parameters_of),
+        mean(lambda cls: cls.flops_forward.at(batch)),
+        mean(lambda cls: cls.flops_backward.at(batch)),
+        mean(lambda cls: cls.saved_bytes.at(batch)),
+    )
 
 
 def opaque_reason(graph: ModelGraph, unit: Unit, name: str = "") -> str:
@@ -107,6 +141,25 @@ def parts_of(graph: ModelGraph, sharding: Sharding, unit: Unit, batch: int) -> t
         opaque = next((r for r in (opaque_reason(graph, unit, op.fqn) for op in ops) if r), "")
         found.append(Part(name, types[0] if types else "", numel, flops, _merged(name, inside, chips), opaque))
     return tuple(found)
+
+
+def parts_by_class(graph: ModelGraph, sharding: Sharding, batch: int) -> list[tuple[Part, ...]]:
+    """The parts of each class."""
+    first: dict[int, Unit] = {}
+    for unit in graph.units:
+        first.setdefault(unit.class_index, unit)
+    return [parts_of(graph, sharding, first[i], batch) for i in range(len(graph.classes))]
+
+
+def alike(graph: ModelGraph, parts: Sequence[tuple[Part, ...]]) -> list[int]:
+    """For each class a number that it shares with those of the same parts and styles, whatever their sizes."""
+    looks: dict[Hashable, int] = {}
+    found = []
+    for cls, inside in zip(graph.classes, parts, strict=True):
+        chips = tuple((p.name, tuple((c.name, c.style) for c in p.chips)) for p in inside)
+        own = tuple(item for item in chips if not item[0].startswith("/"))
+        found.append(looks.setdefault((cls.module_type, own), len(looks)))
+    return found
 
 
 def _depth(cls: UnitClass) -> int:
@@ -188,7 +241,7 @@ def _merged(part: str, names: list[str], chips: dict[str, LayerChip]) -> tuple[L
     found = []
     for (_, style), alike in grouped.items():
         inner = [n[len(part) :].lstrip(".") if n != part else "" for n in alike]
-        label = name_pattern(inner) if any(inner) else style
+        label = name_pattern(inner) if any(inner) else style if len(names) == 1 else "own weights"
         why = next((chips[n].why for n in alike if chips[n].why), "")
         found.append(LayerChip(label, style, sum(chips[n].parameters for n in alike), why))
     return tuple(found)

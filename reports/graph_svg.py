@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from xml.sax.saxutils import escape, quoteattr
 
@@ -113,7 +114,7 @@ def _facts(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int) -> li
         f"{len(graph.classes)} classes",
         f"tensor parallel degrees {degrees} · {sequence_text}",
     ]
-    lines.append("in a block: figures of one unit; FLOPs of forward and backward together")
+    lines.append("in a block: figures of one unit (~: mean of several sizes); FLOPs of forward and backward together")
     if graph.opaque:
         share = sum(s for _, _, s in graph.opaque)
         lines.append(
@@ -223,7 +224,7 @@ def _one_line(card: Card) -> Iterator[str]:
     yield _text(box.x + NAME_COLUMN, y, name, "warn name" if block.opaque else "ink name")
     beside = text_width(name, NAME_SIZE) + 10
     kind = shorten(block.module_type, max(0, int((room - beside) / text_width("m", TEXT_SIZE))))
-    if len(kind) > 3:
+    if kind == block.module_type or len(kind) > 9:
         yield _text(box.x + NAME_COLUMN + beside, y, kind, "soft text")
     yield _text(right, y, figures, "soft text", "end")
     yield from _chips(card.chips)
@@ -262,14 +263,17 @@ def _cuts(layout: Layout) -> Iterator[str]:
 
 def _skips(layout: Layout) -> Iterator[str]:
     """Lanes beside the blocks, from the lower right of the source to the upper right of each target."""
+    entered: Counter[int] = Counter()
     for k, skip in enumerate(sorted(layout.skips, key=lambda s: s.x)):
         source = layout.cards[skip.source]
         right, y = source.box.right + STACK * (source.block.count > 1), source.box.bottom - 8
         names = ", ".join(layout.cards[t].block.name for t in skip.targets)
         yield f'<g class="skips k{k % 4}"><title>{escape(f"{source.block.name} to {names}")}</title>'
         end = 0.0
-        for target in map(layout.cards.__getitem__, skip.targets):
-            end, tip = target.box.y + 10, target.box.right + STACK * (target.block.count > 1)
+        for i in skip.targets:
+            target = layout.cards[i]
+            end, tip = target.box.y + 8 + 7 * min(entered[i], 2), target.box.right + STACK * (target.block.count > 1)
+            entered[i] += 1
             yield f'<path class="skip" d="M{_n(skip.x)} {_n(end)}H{_n(tip + 6)}"/>'
             yield f'<path class="tip" d="M{_n(tip + 7)} {_n(end - 4)}v8l-7 -4z"/>'
         yield f'<path class="skip" d="M{_n(right)} {_n(y)}H{_n(skip.x)}V{_n(end)}"/></g>'

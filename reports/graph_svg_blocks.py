@@ -8,8 +8,19 @@ from dataclasses import dataclass, replace
 from ..planner.graph import ModelGraph
 from ..planner.sharding import Sharding
 from ..units import MIB, format_bytes, format_count
-from .chain_rows import Group, Row, chain_rows, leaves, row_name
-from .class_parts import ATTENTION, LayerChip, Part, flops_of, opaque_reason, parameters_of, parts_of
+from .chain_rows import MANY_ROWS, Group, Row, chain_rows, leaves, row_name
+from .class_parts import (
+    ATTENTION,
+    LayerChip,
+    Part,
+    RowSize,
+    alike,
+    flops_of,
+    opaque_reason,
+    parameters_of,
+    parts_by_class,
+    row_size,
+)
 
 _SMALL = 0.005  # share of a block's FLOPs below which its own code is not drawn
 
@@ -73,8 +84,12 @@ class Story:
 
 def story(graph: ModelGraph, sharding: Sharding, batch: int, detailed: bool = True) -> Story:
     """Blocks of a graph at `batch` samples; without `detailed`, every block is one line."""
+    parts = parts_by_class(graph, sharding, batch)
     rows = chain_rows(graph)
-    blocks = [_block(graph, sharding, row, batch) for row in leaves(rows)]
+    if sum(1 for _ in leaves(rows)) > MANY_ROWS:
+        rows = chain_rows(graph, alike(graph, parts))
+    total = (graph.flops_forward + graph.flops_backward).at(batch)
+    blocks = [_block(graph, row, parts[row.class_index], batch, total) for row in leaves(rows)]
     largest: dict[Hashable, int] = {}
     for i, block in enumerate(blocks):
         known = largest.setdefault(_looks(block), i)
@@ -93,19 +108,18 @@ def _looks(block: Block) -> Hashable:
     return block.module_type, lines, block.opaque
 
 
-def _block(graph: ModelGraph, sharding: Sharding, row: Row, batch: int) -> Block:
+def _block(graph: ModelGraph, row: Row, parts: Sequence[Part], batch: int, total: float) -> Block:
     cls = graph.classes[row.class_index]
     units = [graph.units[p] for p in row.positions]
-    total = (graph.flops_forward + graph.flops_backward).at(batch)
+    size = row_size(graph, row, batch)
     flops = flops_of(graph, row.class_index, batch)
-    parts = parts_of(graph, sharding, units[0], batch)
     lines = _lines(parts, flops, parameters_of(cls))
     reads = dict.fromkeys(graph.inputs[k].name for u in units for source, k in u.sources if source < 0)
-    figures = _figures(parameters_of(cls), flops, cls.saved_bytes.at(batch))
     whole = opaque_reason(graph, units[0])
     opaque = whole or next((p.opaque for p in parts if p.opaque), "")
     cuts = sum(u.cut_after for u in units)
-    detail = [f"{row_name(graph, row)}: {cls.module_type}, {len(units)} units, class {cls.index}"]
+    kinds = f"class {cls.index}{'' if size.equal else ' and others'}"
+    detail = [f"{row_name(graph, row)}: {cls.module_type}, {len(units)} units, {kinds}"]
     detail += [f"opaque: {opaque}"] if opaque else []
     detail += [f"{c.name} stays whole: {c.why}" for part in parts for c in part.chips if c.why]
     return Block(
@@ -113,9 +127,9 @@ def _block(graph: ModelGraph, sharding: Sharding, row: Row, batch: int) -> Block
         name=row_name(graph, row),
         module_type=cls.module_type,
         count=row.run,
-        figures=figures,
+        figures=_figures(size),
         reads=tuple(reads),
-        share=flops * len(units) / total if total else 0.0,
+        share=size.flops * len(units) / total if total else 0.0,
         lines=lines if len(lines) > 1 else (),
         chips=tuple(chip for part in parts for chip in part.chips),
         cuts=cuts,
@@ -128,11 +142,12 @@ def _block(graph: ModelGraph, sharding: Sharding, row: Row, batch: int) -> Block
     )
 
 
-def _figures(parameters: int, flops: int, saved: float) -> tuple[str, ...]:
+def _figures(size: RowSize) -> tuple[str, ...]:
+    about = "" if size.equal else "~"
     texts = [
-        f"{format_count(parameters)} parameters" if parameters else "",
-        f"{format_count(flops)}FLOP" if flops else "",
-        f"{format_bytes(saved)} saved" if saved >= MIB else "",
+        f"{about}{format_count(size.parameters)} parameters" if size.parameters else "",
+        f"{about}{format_count(size.flops)}FLOP" if size.flops else "",
+        f"{about}{format_bytes(size.saved_bytes)} saved" if size.saved_bytes >= MIB else "",
     ]
     return tuple(text for text in texts if text)
 

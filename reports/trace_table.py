@@ -13,8 +13,8 @@ from rich.text import Text
 from ..planner.graph import LARGEST_OPAQUE, ModelGraph, Unit
 from ..planner.sharding import Sharding
 from ..units import format_bytes, format_count
-from .chain_rows import Group, Row, chain_rows, name_pattern, row_name
-from .class_parts import flops_of, holds_opaque, opaque_reason, parameters_of
+from .chain_rows import MANY_ROWS, Group, Row, chain_rows, leaves, name_pattern, row_name
+from .class_parts import alike, holds_opaque, opaque_reason, parts_by_class, row_size
 
 _COLUMNS = ("layers", "module", "count", "parameters", "FLOPs forward", "backward", "saved", "of FLOPs", "cuts")
 _MOST_NAMES = 8  # unused or tied parameters named; the rest are counted
@@ -39,15 +39,20 @@ def trace_table(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int =
         *_parameters(graph),
         *(("note", note) for note in graph.notes),
     )
-    return Texts(_chain_table(graph, batch), *(_remark(kind, text) for kind, text in lines))
+    rows = chain_rows(graph)
+    if sum(1 for _ in leaves(rows)) > MANY_ROWS:
+        rows = chain_rows(graph, alike(graph, parts_by_class(graph, sharding, batch)))
+    return Texts(_chain_table(graph, rows, batch), *(_remark(kind, text) for kind, text in lines))
 
 
-def _chain_table(graph: ModelGraph, batch: int) -> Table:
+def _chain_table(graph: ModelGraph, rows: Sequence[Row | Group], batch: int) -> Table:
     title = f"{graph.name}: batch {batch}, sequence {graph.sequence_length}, {graph.precision}; figures of one layer"
+    if any(not row_size(graph, row, batch).equal for row in leaves(rows)):
+        title += " (~: the mean of layers that differ in size)"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if i < 2 else "right", overflow="fold" if i < 1 else "ellipsis")
-    for cells in _cells(graph, chain_rows(graph), batch, ""):
+    for cells in _cells(graph, rows, batch, ""):
         table.add_row(*cells)
     table.add_section()
     forward, backward = graph.flops_forward.at(batch), graph.flops_backward.at(batch)
@@ -70,15 +75,18 @@ def _cells(graph: ModelGraph, rows: Sequence[Row | Group], batch: int, indent: s
         cls = graph.classes[row.class_index]
         units = [graph.units[p] for p in row.positions]
         run = f" x {row.run}" if indent and row.run > 1 else ""
-        share = flops_of(graph, cls.index, batch) * len(units) / total if total else 0.0
+        size = row_size(graph, row, batch)
+        about = "" if size.equal else "~"
+        share = size.flops * len(units) / total if total else 0.0
         yield [
             f"{indent}{row_name(graph, row)}{run}{_mark(graph, units[0])}",
             cls.module_type,
             str(len(units)),
-            format_count(parameters_of(cls)),
-            format_count(cls.flops_forward.at(batch)),
-            format_count(cls.flops_backward.at(batch)),
-            format_bytes(cls.saved_bytes.at(batch)),
+            *(
+                f"{about if n else ''}{format_count(n)}"
+                for n in (size.parameters, size.flops_forward, size.flops_backward)
+            ),
+            f"{about if size.saved_bytes else ''}{format_bytes(size.saved_bytes)}",
             f"{share:.1%}",
             "every stage" if units[0].replicated else str(sum(u.cut_after for u in units)),
         ]
