@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
                     values.note_layout(number, tensor)
         if made:
             where = self.fake.place()[1] if values.chance.decides(info, result) else ""
-            values.note(*noted, made, where)
+            values.note(noted[0], info, noted[2], noted[3], noted[4], made, where)
 
     def _record_forward(
         self,

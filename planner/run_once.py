@@ -80,7 +80,7 @@ class _Steady(TorchFunctionMode):
             return dropout(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             args, kwargs = self._without_dropout(args, kwargs)
-        if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):
+        if func in (F.grouped_mm, torch._grouped_mm) and takes(*args, **kwargs):  # pyright: ignore[reportPrivateImportUsage]
             return grouped_mm(*args, **kwargs)
         if (whole := rnn.stand_in_for(func)) is not None:
             return whole(*args, **kwargs)
