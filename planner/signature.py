@@ -190,7 +190,7 @@ def _is_stage(module: nn.Module) -> bool:
     The lists are its own children and hold most of its parameters, and at most two other children have any (what
     changes the resolution), none of them a router of experts. A block has more: attention, its norms.
     """
-    if isinstance(module, nn.ModuleDict):
+    if type(module) is nn.ModuleDict:
         return False
     if isinstance(module, LISTS):
         return _repeats_a_type(list(module.children()))

@@ -27,7 +27,7 @@ TORCH_ALLOWED_ELSEWHERE = {
     for name in (
         "arguments",
         "attention",
-        "chain",
+        "borders",
         "chance",
         "construct",
         "diffusers_models",
@@ -47,6 +47,7 @@ TORCH_ALLOWED_ELSEWHERE = {
         "pass_for_real",
         "quick_fake",
         "recorder",
+        "recording",
         "registry",
         "replay",
         "rnn",
