@@ -23,6 +23,7 @@ from .recording import RawOp
 from .time_loops import NotExtendable, collapse
 
 STEPS = (5, 6, 7, 9)  # of the grid, beyond the remainder
+USUAL_CHUNK = 64  # steps that linear attention takes at a time, where no attribute says
 FIRST_BATCH = 2  # the microbatch size of the first run of a trace
 FAR = 67  # steps of the grid at which the first unit with a loop is counted once more
 _FOLLOW = ("args", "repeat", "call")  # fields of operators and tensors whose whole numbers may follow the length
@@ -42,16 +43,15 @@ def lengths_for(wanted: int, grid: int) -> tuple[int, ...]:
 
 
 def grids(model: nn.Module) -> Iterator[int]:
-    """Grids on which a model's figures may be polynomials of the length: its chunk sizes, then usual ones."""
+    """Grids on which a model's figures may be polynomials of the length: its chunk sizes, then the usual one."""
     named = 1
     for owner in (getattr(model, "config", None), *model.modules()):
         for name, value in vars(owner).items() if owner is not None else ():
             if "chunk" in name and type(value) is int and 1 < value <= 1024:
                 named = math.lcm(named, value)
     yield named
-    for usual in (16, 64):
-        if named % usual:
-            yield math.lcm(named, usual)
+    if named % USUAL_CHUNK:
+        yield math.lcm(named, USUAL_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,8 @@ def _extended(
     limits = Limits()
     graphs = [at(lengths[0], limits), at(lengths[1], replace(limits, batches=2))]
     looped = _called_each_step(graphs)
+    if not looped and _operators(graphs[0]) == _operators(graphs[1]):
+        raise NotExtendable(f"no operator more at length {lengths[1]} than at {lengths[0]}")
     if looped:
         limits = Limits(looped=looped)
         graphs = [at(lengths[0], limits), at(lengths[1], replace(limits, batches=2))]
