@@ -159,6 +159,21 @@ def _reasons(search: Search, split: Mapping[str, int]) -> Iterable[str]:
         if layer is not None and not is_split(search, index, layer) and layer.numel * count >= 0.01 * total:
             said.setdefault((fqn, reason), f"{_name(search.prefix[index], fqn)} stays whole: {reason}")
     yield from list(said.values())[:_REASONS]
+    yield from list(dict.fromkeys(_without_rule(search, split)))[:_REASONS]
+
+
+def _without_rule(search: Search, split: Mapping[str, int]) -> Iterator[str]:
+    """Large parameters that no product, convolution or look-up with a rule reads (recurrent layers, for one)."""
+    total = search.total()
+    for index, cls in enumerate(search.graph.classes):
+        known = {layer.weight for layer in search.layers[index].values()}
+        for op in cls.ops:
+            for weight in (search.views[index][t] for t in op.inputs if t in search.views[index]):
+                spec = search.graph.parameters.get(weight.name)
+                large = spec is not None and spec.numel >= 0.01 * total
+                if large and weight.name not in split and weight.name not in known and op.forward.kind != "free":
+                    module = weight.name.rpartition(".")[0]
+                    yield f"{module} stays whole: no rule splits the weights that {op.name.split('.')[-2]} reads"
 
 
 def _whole(search: Search) -> Iterator[tuple[str, str]]:
