@@ -14,7 +14,7 @@ Operands that are all whole run whole.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -35,7 +35,6 @@ from .placements import (
 torch_convolutions = (F.conv1d, F.conv2d, F.conv3d)
 torch_transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 torch_batch_norm, torch_group_norm = F.batch_norm, F.group_norm
-_GROUPS = 6  # position of `groups` in the arguments of a convolution; a transposed one has output_padding before it
 
 
 def _convolve(torch_convolution: Callable[..., torch.Tensor], transposed: bool, *args: Any, **kwargs: Any) -> Any:
@@ -67,9 +66,19 @@ def _convolve(torch_convolution: Callable[..., torch.Tensor], transposed: bool, 
     return summed + wrap_activation(bias, mesh).view(-1, *([1] * (weight.ndim - 2)))
 
 
+def _standing_for(torch_convolution: Callable[..., torch.Tensor], transposed: bool) -> Callable[..., Any]:
+    """`_convolve` for one of torch's functions, under its name: the compiler asks functions for theirs."""
+
+    @wraps(torch_convolution)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return _convolve(torch_convolution, transposed, *args, **kwargs)
+
+    return run
+
+
 CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{function: partial(_convolve, function, False) for function in torch_convolutions},
-    **{function: partial(_convolve, function, True) for function in torch_transposed},
+    **{function: _standing_for(function, False) for function in torch_convolutions},
+    **{function: _standing_for(function, True) for function in torch_transposed},
 }
 
 

@@ -41,7 +41,11 @@ def use_local_region(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def use_local_regions(
-    model: nn.Module, divided: Collection[str], mesh: DeviceMesh, units: Collection[str] = ()
+    model: nn.Module,
+    divided: Collection[str],
+    mesh: DeviceMesh,
+    units: Collection[str] = (),
+    compiled: Collection[str] = (),
 ) -> None:
     """Let the largest modules without any of the modules `divided` in them run on plain tensors when they can.
 
@@ -51,12 +55,15 @@ def use_local_regions(
         FQNs of the modules whose parameters tp divides, in whole or in part.
     units : collection of str
         FQNs of modules that gather their own parameters (FSDP): a region may be one, but not hold one.
+    compiled : collection of str
+        FQNs of the modules to compile: inside, a region of each would keep equal blocks from sharing a graph.
     """
     inner = {prefix for fqn in divided for prefix in _prefixes(fqn)} | {""}
     inner |= {prefix for fqn in units for prefix in _prefixes(fqn)[1:]}
     for fqn, module in model.named_modules():
         parent = fqn.rpartition(".")[0]
-        if fqn in inner or parent not in inner or runs_locally(module):
+        known = fqn in inner or parent not in inner or any(prefix in compiled for prefix in _prefixes(fqn))
+        if known or runs_locally(module):
             continue
         for part in _called_parts(module):
             part.forward = partial(_run_if_whole, part, part.forward, mesh)  # type: ignore[method-assign]
@@ -77,8 +84,7 @@ def _called_parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _run_if_whole(module: nn.Module, forward: Any, mesh: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
-    # A compiled block has no need of it: its operators are few kinds, and it must not change modules.
-    if torch.compiler.is_compiling() or not _are_whole(args, kwargs):
+    if not _are_whole(args, kwargs):
         return forward(*args, **kwargs)
     return _run(module, forward, mesh, *args, **kwargs)
 

@@ -7,7 +7,7 @@ on its channels; whole operands run whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import wraps
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ def _pad(torch_pad: Callable[..., Any], input: torch.Tensor, pad: Sequence[int],
     return DTensor.from_local(output, input.device_mesh, [Shard(dim)], run_check=False)
 
 
+def _standing_for(torch_function: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """`own` with torch's function bound, under its name: the compiler asks functions for theirs."""
+
+    @wraps(torch_function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return own(torch_function, *args, **kwargs)
+
+    return run
+
+
 CHANNELWISE: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: partial(_run, function) for function in (getattr(F, name) for name in _NAMES)
-} | {F.pad: partial(_pad, F.pad)}
+    function: _standing_for(function, _run) for function in (getattr(F, name) for name in _NAMES)
+} | {F.pad: _standing_for(F.pad, _pad)}

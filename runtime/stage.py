@@ -97,11 +97,11 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
         for name in [n for n, _ in model.named_parameters(remove_duplicate=False)]:
             if index not in holders[aliases[name]]:
                 hollow_parameter(model, name, options.device)
+    blocks = [fqn for fqn in section.modules if fqn.rpartition(".")[2].isdigit()] if options.compiled else []
     if mesh.degree("tp") > 1:
-        apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp, section.fsdp_units)
+        apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp, section.fsdp_units, blocks)
     if compute_dtype.itemsize < 4:
         keep_batch_norm_in_float32(model)
-    blocks = [fqn for fqn in section.modules if fqn.rpartition(".")[2].isdigit()] if options.compiled else []
     wrap_units(model, section.recompute, frozenset(blocks))
     part = Part(model, target, border, mesh, compute_dtype)
     dtype = torch.float64 if options.float64 else None

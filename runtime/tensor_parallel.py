@@ -50,7 +50,11 @@ _REPLICATE = ModuleStyle(style="replicate")
 
 
 def apply_tensor_parallel(
-    model: nn.Module, section: TensorParallelSection, tp_mesh: DeviceMesh, units: Collection[str] = ()
+    model: nn.Module,
+    section: TensorParallelSection,
+    tp_mesh: DeviceMesh,
+    units: Collection[str] = (),
+    compiled: Collection[str] = (),
 ) -> None:
     """Shard `model` over `tp_mesh` in place, as `section` says.
 
@@ -68,6 +72,8 @@ def apply_tensor_parallel(
         One-dimensional, its dimension named "tp".
     units : collection of str
         FQNs of the modules that `fully_shard` will wrap one by one.
+    compiled : collection of str
+        FQNs of the modules that will be compiled.
 
     Raises
     ------
@@ -94,7 +100,7 @@ def apply_tensor_parallel(
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
             module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
-    use_local_regions(model, divided | inside, tp_mesh, units)
+    use_local_regions(model, divided | inside, tp_mesh, units, compiled)
     find_names(model)
 
 

@@ -48,7 +48,7 @@ def keep_float64() -> Iterator[None]:
     for space, name, function in saved:
         setattr(space, name, wide(function, name))
     saved.append((F, "grouped_mm", F.grouped_mm))
-    F.grouped_mm = functools.partial(_grouped_product, F.grouped_mm)
+    F.grouped_mm = functools.update_wrapper(functools.partial(_grouped_product, F.grouped_mm), F.grouped_mm)
     try:
         yield
     finally:
