@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape, quoteattr
 from ..planner.graph import ModelGraph
 from ..planner.sharding import Sharding
 from ..units import format_bytes, format_count
-from .class_parts import LayerChip
+from .class_parts import LayerChip, parts_by_class
 from .graph_svg_blocks import Story, story
 from .graph_svg_layout import (
     BAR_COLUMN,
@@ -47,7 +47,7 @@ def graph_svg(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int = 6
     """The picture as SVG text, with figures at `batch` samples.
 
     A class is drawn with its parts where it comes first and as one line after that. If this gives more than
-    `LARGEST_BYTES`, every block is one line.
+    `LARGEST_BYTES`, every block is one line, and then those in the middle of a long chain are one block.
 
     Parameters
     ----------
@@ -59,14 +59,16 @@ def graph_svg(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int = 6
     max_tp : int
         Largest tp degree named.
     """
-    text = _draw(graph, sharding, batch, max_tp, story(graph, sharding, batch))
-    if len(text.encode()) > LARGEST_BYTES:
-        text = _draw(graph, sharding, batch, max_tp, story(graph, sharding, batch, detailed=False))
+    parts, text = parts_by_class(graph, sharding, batch), ""
+    for detailed, most in ((True, None), (False, None), (False, 200), (False, 50)):
+        text = _draw(graph, sharding, batch, max_tp, story(graph, parts, batch, detailed, most))
+        if len(text.encode()) <= LARGEST_BYTES:
+            break
     return text
 
 
 def _draw(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told: Story) -> str:
-    facts = _facts(graph, sharding, batch, max_tp)
+    facts = _facts(graph, sharding, batch, max_tp, told)
     used = {chip.style for block in told.blocks for chip in block.chips}
     keys = _legend_places([name for name in STYLES if name in used], told)
     header = MARGIN + 26 + _TITLE_LINE * len(facts)
@@ -101,7 +103,7 @@ def _draw(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told: 
     )
 
 
-def _facts(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int) -> list[str]:
+def _facts(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told: Story) -> list[str]:
     """Lines under the title."""
     forward, backward = graph.flops_forward.at(batch), graph.flops_backward.at(batch)
     degrees = ", ".join(str(d) for d in sharding.degrees_allowed(max_tp))
@@ -114,7 +116,8 @@ def _facts(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int) -> li
         f"{len(graph.classes)} classes",
         f"tensor parallel degrees {degrees} · {sequence_text}",
     ]
-    lines.append("in a block: figures of one unit (~: mean of several sizes); FLOPs of forward and backward together")
+    mean = ", ~: mean of several sizes" if any(f.startswith("~") for b in told.blocks for f in b.figures) else ""
+    lines.append(f"in a block: figures of one unit{mean}; FLOPs of forward and backward together")
     if graph.opaque:
         share = sum(s for _, _, s in graph.opaque)
         lines.append(

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from ..planner.graph import ModelGraph
-from ..planner.sharding import Sharding
 from ..units import MIB, format_bytes, format_count
 from .chain_rows import MANY_ROWS, Group, Row, chain_rows, leaves, row_name
 from .class_parts import (
@@ -18,7 +17,6 @@ from .class_parts import (
     flops_of,
     opaque_reason,
     parameters_of,
-    parts_by_class,
     row_size,
 )
 
@@ -82,12 +80,24 @@ class Story:
     edges: tuple[tuple[int, int], ...]
 
 
-def story(graph: ModelGraph, sharding: Sharding, batch: int, detailed: bool = True) -> Story:
-    """Blocks of a graph at `batch` samples; without `detailed`, every block is one line."""
-    parts = parts_by_class(graph, sharding, batch)
+def story(
+    graph: ModelGraph,
+    parts: Sequence[tuple[Part, ...]],
+    batch: int,
+    detailed: bool = True,
+    most: int | None = None,
+) -> Story:
+    """Blocks of a graph with the parts of its classes at `batch` samples.
+
+    Without `detailed`, every block is one line. Of more than `most` rows and patterns, those in the middle are one row.
+    """
     rows = chain_rows(graph)
     if sum(1 for _ in leaves(rows)) > MANY_ROWS:
         rows = chain_rows(graph, alike(graph, parts))
+    if most is not None and len(rows) > most:
+        middle = tuple(sorted(p for row in leaves(rows[most // 2 : -(most // 2)]) for p in row.positions))
+        rest = Row(graph.units[middle[0]].class_index, middle, len(middle))
+        rows = (*rows[: most // 2], rest, *rows[-(most // 2) :])
     total = (graph.flops_forward + graph.flops_backward).at(batch)
     blocks = [_block(graph, row, parts[row.class_index], batch, total) for row in leaves(rows)]
     largest: dict[Hashable, int] = {}
@@ -118,6 +128,7 @@ def _block(graph: ModelGraph, row: Row, parts: Sequence[Part], batch: int, total
     whole = opaque_reason(graph, units[0])
     opaque = whole or next((p.opaque for p in parts if p.opaque), "")
     cuts = sum(u.cut_after for u in units)
+    types = {graph.classes[unit.class_index].module_type for unit in units}
     kinds = f"class {cls.index}{'' if size.equal else ' and others'}"
     detail = [f"{row_name(graph, row)}: {cls.module_type}, {len(units)} units, {kinds}"]
     detail += [f"opaque: {opaque}"] if opaque else []
@@ -125,7 +136,7 @@ def _block(graph: ModelGraph, row: Row, parts: Sequence[Part], batch: int, total
     return Block(
         class_index=cls.index,
         name=row_name(graph, row),
-        module_type=cls.module_type,
+        module_type=next(iter(types)) if len(types) == 1 else f"{len(types)} types",
         count=row.run,
         figures=_figures(size),
         reads=tuple(reads),

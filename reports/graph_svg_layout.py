@@ -239,7 +239,7 @@ def shorten(text: str, most: int) -> str:
     """At most `most` characters, the middle left out; nothing at all where that says nothing.
 
     >>> shorten("model.layers.{0-31}.mlp", 15)
-    'model.l….}.mlp'
+    'model.l…31}.mlp'
     """
     if len(text) <= most:
         return text
