@@ -105,7 +105,9 @@ def group_norm_of_local_channels(
 ) -> torch.Tensor:
     """`torch.nn.functional.group_norm`; an input whose channels are split, in whole groups, gives such an output."""
     degree = cast(DTensor, input).device_mesh.size() if split_dim(input) == 1 else 1
-    return _normalise(input, (weight, bias), lambda x, *rest: torch_group_norm(x, num_groups // degree, *rest, eps))
+    return _normalise(
+        input, (weight, bias), lambda x, scale, shift: torch_group_norm(x, num_groups // degree, scale, shift, eps)
+    )
 
 
 def _normalise(input: torch.Tensor, others: tuple[torch.Tensor | None, ...], norm: Callable[..., Any]) -> torch.Tensor:
