@@ -20,6 +20,7 @@ from .class_parts import (
     row_size,
 )
 
+_LABEL = 26  # characters of a line's name that are surely shown
 _SMALL = 0.005  # share of a block's FLOPs below which its own code is not drawn
 
 
@@ -174,6 +175,8 @@ def _lines(parts: Sequence[Part], flops: int, parameters: int) -> tuple[Line, ..
             continue
         inner, chips = _without_prefix(part.chips)
         label = ".".join(name for name in (_label(part), inner) if name)
+        if label.rpartition(".")[2].isdigit() and len(label) + len(part.module_type) < _LABEL:
+            label = f"{label} {part.module_type}".rstrip()
         line = Line(label, share, part.parameters / parameters if parameters else 0.0, chips, part.opaque)
         joins = not part.flops and not part.opaque and all(chip.style == "channel" for chip in part.chips)
         if joins and light:
