@@ -11,6 +11,7 @@ from ..errors import ModelError
 from .fold import Folded
 from .graph import Affine, Op, Ref, UnitClass
 from .graph_view import absolute
+from .sample_loops import summed
 
 
 class NotLinear(ModelError):
@@ -19,6 +20,10 @@ class NotLinear(ModelError):
 
 class NotAffine(Exception):
     """A figure is no affine function of the microbatch size, nor a proven quadratic one."""
+
+
+class OtherOperators(NotAffine):
+    """The operators themselves change with the microbatch size."""
 
 
 def _whole(x: float) -> float:
@@ -98,7 +103,7 @@ class _Merger:
             return first
         if is_dataclass(first) and not isinstance(first, type):
             if len({type(v) for v in values}) > 1:
-                raise NotAffine("its arguments change their kind")
+                raise OtherOperators("its arguments change their kind")
             inside = {
                 f.name: self.merge([getattr(v, f.name) for v in values], argument or f.name == "args")
                 for f in fields(first)
@@ -106,7 +111,7 @@ class _Merger:
             return replace(first, **inside)
         if isinstance(first, tuple):
             if len({len(v) for v in values}) > 1:
-                raise NotAffine("its arguments change their number")
+                raise OtherOperators("its arguments change their number")
             return tuple(self.merge([v[i] for v in values], argument) for i in range(len(first)))
         if all(v == first for v in values):
             return first
@@ -133,21 +138,29 @@ def _merge_op(
     try:
         names = {op.name for op in ops}
         if len(names) > 1:
-            raise NotAffine(f"the operator itself changes ({', '.join(sorted(names))})")
+            raise OtherOperators(f"the operator itself changes ({', '.join(sorted(names))})")
         try:
             return _Merger(batches).merge(ops)
+        except OtherOperators:
+            raise
         except NotAffine:
             if inexact is None:
                 raise
             inexact.add((index, ops[0].fqn))
             return _Merger(batches, exact=False).merge(ops)
+    except OtherOperators:
+        raise
     except NotAffine as error:
         where = absolute(ops[0].fqn, owner) or "the model"
         raise _no_curve(batches, f"{ops[0].name} in {where}", error) from None
 
 
 def merge_class(
-    batches: Sequence[int], classes: Sequence[UnitClass], owner: str, inexact: set[tuple[int, str]] | None = None
+    batches: Sequence[int],
+    classes: Sequence[UnitClass],
+    owner: str,
+    inexact: set[tuple[int, str]] | None = None,
+    loops: set[int] | None = None,
 ) -> UnitClass:
     """One class whose every figure is a function of the microbatch size, from its copies at concrete sizes.
 
@@ -160,21 +173,26 @@ def merge_class(
     inexact : set, optional
         Given where data decides sizes: takes (class, relative FQN) of modules whose figures are typical, not exact.
 
+    loops : set, optional
+        Takes the index of the class if its operators themselves follow the microbatch size: it has sums then.
+
     Raises
     ------
     ModelError
         Naming the operator whose shapes or figures are not affine.
     """
-    if len({len(c.ops) for c in classes}) > 1:
-        counts = ", ".join(str(len(c.ops)) for c in classes)
-        raise ModelError(
-            f"{owner} runs {counts} operators at microbatch sizes {', '.join(map(str, batches))}.",
-            "Make its forward run the same operators at every batch size.",
+    try:
+        if len({len(c.ops) for c in classes}) > 1:
+            raise OtherOperators(f"{', '.join(str(len(c.ops)) for c in classes)} operators")
+        ops = tuple(
+            _merge_op(batches, same, classes[0].index, owner, inexact)
+            for same in zip(*(c.ops for c in classes), strict=True)
         )
-    ops = tuple(
-        _merge_op(batches, same, classes[0].index, owner, inexact)
-        for same in zip(*(c.ops for c in classes), strict=True)
-    )
+    except OtherOperators as error:
+        if loops is None:
+            raise _other_operators(batches, owner, error) from None
+        loops.add(classes[0].index)
+        return _sums(batches, classes, owner)
     bare = [replace(c, ops=()) for c in classes]
     try:
         merged = replace(_Merger(batches, exact=inexact is None).merge(bare), ops=ops)
@@ -185,6 +203,21 @@ def merge_class(
         forward += op.forward_flops
         backward += op.backward_flops
     return replace(merged, flops_forward=forward, flops_backward=backward)
+
+
+def _other_operators(batches: Sequence[int], owner: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{owner} runs other operators at microbatch sizes {', '.join(map(str, batches))} ({error}).",
+        "Make its forward run the same operators at every batch size.",
+    )
+
+
+def _sums(batches: Sequence[int], classes: Sequence[UnitClass], owner: str) -> UnitClass:
+    """A class without operators of its own (`sample_loops`); what data draws anew at each size need not be a line."""
+    try:
+        return summed(classes, lambda values: fit(batches, values, exact=False))
+    except (NotAffine, ValueError) as error:
+        raise _other_operators(batches, owner, error) from None
 
 
 def _peak(batches: Sequence[int], curves: Sequence[list[int]]) -> Affine:
@@ -206,11 +239,15 @@ def _upper_line(batches: Sequence[int], values: Sequence[int]) -> Affine:
 
 
 def merge(
-    batches: Sequence[int], traces: Sequence[Folded], owners: Sequence[str], inexact: set[tuple[int, str]] | None = None
+    batches: Sequence[int],
+    traces: Sequence[Folded],
+    owners: Sequence[str],
+    inexact: set[tuple[int, str]] | None = None,
+    loops: set[int] | None = None,
 ) -> tuple[UnitClass, ...]:
     """The classes as functions of the microbatch size; `owners[i]` is the FQN of a unit of class i.
 
-    `inexact` as in `merge_class`.
+    `inexact` and `loops` as in `merge_class`.
     """
     if any(t.class_of != traces[0].class_of for t in traces):
         raise ModelError(
@@ -219,7 +256,7 @@ def merge(
         )
     return tuple(
         replace(
-            merge_class(batches, [t.classes[i] for t in traces], owner, inexact),
+            merge_class(batches, [t.classes[i] for t in traces], owner, inexact, loops),
             workspace_forward=_peak(batches, [t.forward_curves[i] for t in traces]),
             workspace_backward=_peak(batches, [t.backward_curves[i] for t in traces]),
         )

@@ -9,10 +9,14 @@ from .graph_view import absolute
 from .recording import Recording
 
 _MEANS = "figures are those of random data, and tensor parallelism leaves it whole"
+_LOOP = (
+    "it runs other operators at other microbatch sizes (a loop over samples?); figures are sums, and tensor"
+    " parallelism leaves it whole"
+)
 
 
 def opaque_parts(
-    graph: ModelGraph, rec: Recording, inexact: Collection[tuple[int, str]]
+    graph: ModelGraph, rec: Recording, inexact: Collection[tuple[int, str]], loops: Collection[int] = ()
 ) -> tuple[tuple[str, str, float], ...]:
     """(FQN, reason, share of the model's forward FLOPs) of every outermost such part.
 
@@ -25,8 +29,10 @@ def opaque_parts(
         Of one run: operators without a formula, and where the model looked at values.
     inexact : collection of (class index, relative FQN)
         Modules whose figures are no function of the microbatch size.
+    loops : collection of int
+        Classes whose operators follow the microbatch size.
     """
-    reasons: dict[str, str] = {}
+    reasons = {unit.fqn: _LOOP for unit in graph.units if unit.class_index in loops}
     for fqn, why in rec.opaque.items():
         for name in _everywhere(graph, fqn):
             reasons.setdefault(name, why)

@@ -219,7 +219,8 @@ def _assemble(
         )
     owners = [next(u.fqn for u in units if u.class_index == i) for i in range(len(first.folded.classes))]
     inexact: set[tuple[int, str]] | None = set() if first.data_decides else None
-    classes = merge(batches, [run.folded for run in runs], owners, inexact)
+    loops: set[int] = set()
+    classes = merge(batches, [run.folded for run in runs], owners, inexact, loops)
     unused = _unused(first, parameters)
     if first.replayed:
         notes.append(f"{first.replayed} repeated layers have the figures of an equal layer that was traced")
@@ -248,7 +249,7 @@ def _assemble(
     return replace(
         graph,
         units=units,
-        opaque=opaque_parts(graph, rec, inexact or ()),
+        opaque=opaque_parts(graph, rec, inexact or (), loops),
         notes=(*graph.notes, *read_notes(graph, rec)),
     )
 
