@@ -106,7 +106,8 @@ def _draw(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told: 
 def _facts(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told: Story) -> list[str]:
     """Lines under the title."""
     forward, backward = graph.flops_forward.at(batch), graph.flops_backward.at(batch)
-    degrees = ", ".join(str(d) for d in sharding.degrees_allowed(max_tp))
+    degrees = sharding.degrees_allowed(max_tp)
+    named = f"tensor parallel degrees {', '.join(map(str, degrees))}" if degrees != [1] else "no tensor parallelism"
     sequence = sharding.sequence
     sequence_text = "sequence parallel possible" if sequence.possible else "no sequence parallel"
     lines = [
@@ -114,8 +115,10 @@ def _facts(graph: ModelGraph, sharding: Sharding, batch: int, max_tp: int, told:
         f"{format_count(backward)}FLOP backward · {format_bytes(graph.saved_bytes.at(batch))} saved for backward",
         f"batch {batch}, sequence {graph.sequence_length}, {graph.precision} · {len(graph.units)} units in "
         f"{len(graph.classes)} classes",
-        f"tensor parallel degrees {degrees} · {sequence_text}",
+        f"{named} · {sequence_text}",
     ]
+    if degrees == [1]:
+        lines.extend(shorten(f"colours: possible splits; {reason}", 104) for reason in sharding.reasons[:1])
     mean = ", ~: mean of several sizes" if any(f.startswith("~") for b in told.blocks for f in b.figures) else ""
     lines.append(f"in a block: figures of one unit{mean}; FLOPs of forward and backward together")
     if graph.opaque:

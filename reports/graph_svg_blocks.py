@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..planner.graph import ModelGraph
 from ..units import MIB, format_bytes, format_count
-from .chain_rows import MANY_ROWS, Group, Row, chain_rows, leaves, row_name
+from .chain_rows import MANY_ROWS, Group, Row, chain_rows, leaves, name_pattern, row_name
 from .class_parts import (
     ATTENTION,
     LayerChip,
@@ -21,6 +22,7 @@ from .class_parts import (
 )
 
 _LABEL = 26  # characters of a line's name that are surely shown
+_MANY_LINES = 12  # in one block; from here on, those alike are one
 _SMALL = 0.005  # share of a block's FLOPs below which its own code is not drawn
 
 
@@ -190,7 +192,29 @@ def _lines(parts: Sequence[Part], flops: int, parameters: int) -> tuple[Line, ..
             found.pop()
         light = joins
         found.append(line)
-    return tuple(found)
+    return tuple(found) if len(found) <= _MANY_LINES else _together(found)
+
+
+def _together(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Lines that differ in indices alone (experts, branches) as one, where the first of them stands."""
+    alike: dict[Hashable, list[Line]] = {}
+    for line in lines:
+        chips = tuple((chip.name, chip.style) for chip in line.chips)
+        alike.setdefault((re.sub(r"\d+", "#", line.label), chips, line.opaque), []).append(line)
+    return tuple(
+        replace(
+            group[0],
+            label=" ".join(name_pattern(list(dict.fromkeys(words))) for words in _words(group)),
+            flops_share=sum(line.flops_share for line in group),
+            parameters_share=sum(line.parameters_share for line in group),
+        )
+        for group in alike.values()
+    )
+
+
+def _words(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
+    """The names of the lines, then their types if they have one."""
+    return zip(*(line.label.split(" ") for line in lines), strict=False)
 
 
 def _without_prefix(chips: Sequence[LayerChip]) -> tuple[str, tuple[LayerChip, ...]]:
