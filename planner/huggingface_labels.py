@@ -36,7 +36,8 @@ def _labels(model: nn.Module, config: Any, inputs: Mapping[str, Any], batch: int
     """The argument called `labels`; None where training with it is not written."""
     task = type(model).__name__
     if task.endswith(("ObjectDetection", "DepthEstimation")):
-        # the loss of detection pairs queries with objects outside of torch, image by image; a stand-in costs about the same
+        # the loss of detection pairs queries with objects outside of torch, image by image; a stand-in costs about
+        # the same
         return None
     if task.endswith("SemanticSegmentation"):
         side = inputs["pixel_values"].shape[-1]

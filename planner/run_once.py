@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from ..errors import ModelError, TargetError
 from . import rnn
@@ -88,6 +89,8 @@ class _Steady(TorchFunctionMode):
             return read_out(self.recorder, func, args, kwargs)
         if func is torch.Tensor.cuda:
             return args[0]
+        if func in (torch.tensor, torch.as_tensor) and isinstance(args[0], (list, tuple)):
+            args = (tree_map(_as_number, args[0]), *args[1:])  # torch reads tensors within a list by their memory
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu(args[1]):
             args = (args[0], "cpu", *args[2:])
         if _is_gpu(kwargs.get("device")):
@@ -126,6 +129,11 @@ class _Steady(TorchFunctionMode):
     def _leave_out_dropout(self) -> None:
         call = self.recorder.current_call
         self.dropout[self.recorder.recording.calls[call].fqn if call >= 0 else ""] = None
+
+
+def _as_number(value: Any) -> Any:
+    """The number in a tensor of one element."""
+    return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
 
 
 def _is_gpu(device: Any) -> bool:

@@ -17,6 +17,7 @@ from ..errors import ModelError
 from .affine import NotAffine, NotLinear, fit, merge
 from .budget import Limits, TimeLoop
 from .chain import ReplayInexact, output_leaf, sources
+from .construct import parameters_on_meta
 from .fake_run import NEEDS_DATA
 from .fold import align, relative
 from .graph import ModelGraph, ModelInput, Parameter, Unit
@@ -26,6 +27,7 @@ from .opaque import opaque_parts, read_notes
 from .run_once import Run, run_once, same_draws
 from .stand_in import FakeModel, RealModel, describe_parameters, tied_parameters
 from .target import Target
+from .values import BufferRead
 
 BATCHES = (2, 3, 5)
 FOURTH = 7  # traced too where a figure is quadratic
@@ -80,7 +82,22 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
     ModelError
         If the model's code fails, or a figure is no affine function of the microbatch size.
     """
-    model = target.build("meta").train()
+    try:
+        return _traced(target, target.build("meta").train(), sequence_length, precision, full)
+    except BufferRead:
+        with same_draws(), parameters_on_meta():
+            model = target.build("cpu").train()
+    try:
+        return _traced(target, model, sequence_length, precision, full)
+    except BufferRead as read:
+        raise ModelError(
+            f"{target.name} looks at the values of its buffer {read.fqn}, which it makes on the meta device.",
+            "Make the buffer with values, on the CPU.",
+        ) from None
+
+
+def _traced(target: Target, model: nn.Module, sequence_length: int, precision: str, full: bool) -> ModelGraph:
+    """Trace a model that was built with its parameters on meta."""
     parameters = describe_parameters(model)
     tied = tied_parameters(model)
     fake = FakeModel(model, precision)

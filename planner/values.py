@@ -88,6 +88,17 @@ def _thawed(value: Any, known: dict[int, torch.Tensor]) -> Any:
     return value
 
 
+class BufferRead(BaseException):
+    """The model looks at the values of buffer `fqn`, which is on meta.
+
+    No `Exception`, so that the model's own code lets it pass.
+    """
+
+    def __init__(self, fqn: str) -> None:
+        super().__init__(fqn)
+        self.fqn = fqn
+
+
 class Values:
     """Computes values of recorded tensors.
 
@@ -119,7 +130,7 @@ class Values:
         return number in self._origin
 
     def tell(self, number: int, value: torch.Tensor, origin: Origin = Origin.EXACT) -> None:
-        """Give the value of a tensor; a meta tensor has none, and is taken as zeros if integer."""
+        """Give the value of a tensor; a buffer on meta has none, which `BufferRead` says when it is looked at."""
         if value.is_meta:
             if not value.dtype.is_floating_point:
                 self._origin[number] = Origin.EXACT
@@ -248,7 +259,9 @@ class Values:
     def _draw(self, number: int) -> torch.Tensor:
         tensor = self.recording.tensors[number]
         dtype = getattr(torch, tensor.dtype)
-        if tensor.kind == "buffer" or not (dtype.is_floating_point or dtype.is_complex):
+        if tensor.kind == "buffer":
+            raise BufferRead(tensor.fqn)
+        if not (dtype.is_floating_point or dtype.is_complex):
             return torch.zeros(tensor.shape, dtype=dtype)
         if tensor.kind == "parameter" and len(tensor.shape) < 2:
             scale = tensor.fqn.endswith("weight") or not tensor.shape
