@@ -126,7 +126,7 @@ def _block(graph: ModelGraph, row: Row, parts: Sequence[Part], batch: int, total
     units = [graph.units[p] for p in row.positions]
     size = row_size(graph, row, batch)
     flops = flops_of(graph, row.class_index, batch)
-    lines = _lines(parts, flops, parameters_of(cls))
+    lines = block_lines(parts, flops, parameters_of(cls))
     reads = dict.fromkeys(graph.inputs[k].name for u in units for source, k in u.sources if source < 0)
     whole = opaque_reason(graph, units[0])
     opaque = whole or next((p.opaque for p in parts if p.opaque), "")
@@ -166,8 +166,8 @@ def _figures(size: RowSize) -> tuple[str, ...]:
     return tuple(text for text in texts if text)
 
 
-def _lines(parts: Sequence[Part], flops: int, parameters: int) -> tuple[Line, ...]:
-    """A line a part; parts that follow each other and compute no products share one."""
+def block_lines(parts: Sequence[Part], flops: int, parameters: int) -> tuple[Line, ...]:
+    """A line a part of a unit of so many FLOPs and parameters; light parts that follow each other share one."""
     found: list[Line] = []
     light = False
     for part in parts:

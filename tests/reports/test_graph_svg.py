@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
-from tpplan.reports.class_parts import parts_by_class
+from tpplan.reports.class_parts import LayerChip, Part, parts_by_class
 from tpplan.reports.graph_svg import LARGEST_BYTES, graph_svg
-from tpplan.reports.graph_svg_blocks import story
+from tpplan.reports.graph_svg_blocks import block_lines, story
 from tpplan.reports.graph_svg_layout import Box, lay_out
 from tpplan.reports.graph_svg_style import STYLES
 
@@ -77,6 +77,15 @@ def test_repeats_skips_cuts_and_opaque_parts_are_marked(models) -> None:
     routed = ElementTree.tostring(picture(models, "routed"), encoding="unicode")
     assert routed.count("url(#opaque)") >= 3  # the legend and both parts
     assert "url(#opaque)" not in ElementTree.tostring(levels, encoding="unicode")
+
+
+def test_experts_share_lines_and_lose_nothing() -> None:
+    chip = (LayerChip("col", "col", 50),)
+    experts = [Part(f"experts.{i}.{k}", "Linear", 50, 100, chip) for i in range(16) for k in (0, 2)]
+    lines = block_lines([Part("gate", "Linear", 100, 40, chip), *experts], 40 + 3200, 100 + 1600)
+    assert [line.label for line in lines] == ["gate", "experts.{0-15}.{0,2} Linear"]
+    assert sum(line.flops_share for line in lines) == pytest.approx(1)
+    assert sum(line.parameters_share for line in lines) == pytest.approx(1)
 
 
 def test_it_can_be_read_aloud_and_in_the_dark(models) -> None:
