@@ -107,7 +107,7 @@ def _plan(member: Member, folder: Path, found: dict[str, Any]) -> None:
 def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
     """FLOPs, parameters and unused parameters as torch counts them, at the real size where that ends soon."""
     from oracle import count
-    from torch._subclasses.fake_tensor import DataDependentOutputException
+    from tpplan.planner.fake_run import NEEDS_DATA
     from tpplan.planner.trace import trace
 
     target = _load(member, folder, small=False, precision=member.precision)
@@ -122,7 +122,7 @@ def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
     if not on_small:
         try:
             torchs = count(target, _ORACLE_BATCH, seq, member.precision)
-        except DataDependentOutputException:  # torch's counter cannot follow it without data
+        except NEEDS_DATA:  # torch's counter cannot follow it without data
             on_small = real = True
     if on_small:
         precision = "fp32" if real else member.precision

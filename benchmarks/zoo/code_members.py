@@ -36,6 +36,8 @@ def _hand(name: str, file: str, small: Sizes, seq: int = 1024, **more: Any) -> M
 _TINY_VIT: Sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
 _TINY_STAGES: Sizes = {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 64)}
 
+_NO_CHANCE: Sizes = {"dropout": 0.0, "stochastic_depth_prob": 0.0}
+
 _TIMM = (
     _timm("vit_large", "vit_large_patch16_224", _TINY_VIT),
     _timm("convnext_large", "convnext_large", _TINY_STAGES, 64),
@@ -53,7 +55,14 @@ _TIMM = (
     _timm(
         "timm_swinv2_tiny",
         "swinv2_tiny_window8_256",
-        {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 4, 4), "window_size": 4},
+        {
+            "img_size": 64,
+            "embed_dim": 16,
+            "depths": (2, 2, 2, 2),
+            "num_heads": (2, 4, 4, 4),
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+        },
         64,
         seq=256,
     ),
@@ -71,9 +80,18 @@ _TORCHVISION = (
     _torchvision("resnet50", "models.py:resnet", {}, {"layers": (2, 2, 2, 2), "width_per_group": 16}),
     _torchvision("tv_regnet_y_8gf", "models.py:classifier", {"name": "regnet_y_8gf"}, {"name": "regnet_y_400mf"}),
     _torchvision(
-        "tv_efficientnet_b4", "models.py:classifier", {"name": "efficientnet_b4"}, {"name": "efficientnet_b0"}, seq=380
+        "tv_efficientnet_b4",
+        "models.py:classifier",
+        {"name": "efficientnet_b4"},
+        {"name": "efficientnet_b0", **_NO_CHANCE},
+        seq=380,
     ),
-    _torchvision("tv_convnext_base", "models.py:classifier", {"name": "convnext_base"}, {"name": "convnext_tiny"}),
+    _torchvision(
+        "tv_convnext_base",
+        "models.py:classifier",
+        {"name": "convnext_base"},
+        {"name": "convnext_tiny", "stochastic_depth_prob": 0.0},
+    ),
     _torchvision(
         "tv_vit", "models.py:vit", {}, {"image": 32, "patch": 8, "layers": 4, "heads": 4, "width": 32, "mlp": 64}, 32
     ),
@@ -85,9 +103,12 @@ _TORCHVISION = (
         32,
     ),
     _torchvision("tv_densenet121", "models.py:densenet", {}, {"growth": 8, "blocks": (2, 2, 2, 2), "features": 16}),
-    _torchvision("tv_inception_v3", "models.py:classifier", {"name": "inception_v3"}, {}, 299, seq=299),
+    _torchvision("tv_inception_v3", "models.py:classifier", {"name": "inception_v3"}, {"dropout": 0.0}, 299, seq=299),
     _torchvision(
-        "tv_mobilenet_v3_large", "models.py:classifier", {"name": "mobilenet_v3_large"}, {"name": "mobilenet_v3_small"}
+        "tv_mobilenet_v3_large",
+        "models.py:classifier",
+        {"name": "mobilenet_v3_large"},
+        {"name": "mobilenet_v3_small", "dropout": 0.0},
     ),
     _torchvision(
         "tv_maxvit_t",
@@ -98,7 +119,7 @@ _TORCHVISION = (
         executed=False,
         why_not="accepts no smaller images",
     ),
-    _torchvision("tv_vgg16", "models.py:classifier", {"name": "vgg16"}, {"name": "vgg11"}),
+    _torchvision("tv_vgg16", "models.py:classifier", {"name": "vgg16"}, {"name": "vgg11", "dropout": 0.0}),
     _torchvision(
         "tv_shufflenet_v2", "models.py:classifier", {"name": "shufflenet_v2_x1_0"}, {"name": "shufflenet_v2_x0_5"}
     ),
@@ -106,10 +127,10 @@ _TORCHVISION = (
         "tv_deeplabv3",
         "segmentation.py:segmenter",
         {"name": "deeplabv3_resnet50"},
-        {"name": "deeplabv3_mobilenet_v3_large"},
+        {"name": "deeplabv3_mobilenet_v3_large", "dropout": 0.0},
         seq=512,
     ),
-    _torchvision("tv_fcn_resnet50", "segmentation.py:segmenter", {"name": "fcn_resnet50"}, {}, seq=512),
+    _torchvision("tv_fcn_resnet50", "segmentation.py:segmenter", {"name": "fcn_resnet50"}, {"dropout": 0.0}, seq=512),
 )
 
 _SMALL_TEXT: Sizes = {"vocab": 128, "dim": 32, "heads": 4, "layers": 4}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tpplan.planner.attention import stays_whole, whole_attention
+from tpplan.planner.rnn import stand_in_for
 from tpplan.planner.stand_in import FakeModel, RealModel
 from tpplan.planner.target import Target
 
@@ -153,14 +154,16 @@ def count(target: Target, batch: int, seq: int, precision: str, real: bool = Fal
     return found
 
 
-class _GpuAttention(TorchFunctionMode):
-    """Attention that the CPU would take apart stays one operator, as on a GPU; no dropout in it."""
+class _GpuKernels(TorchFunctionMode):
+    """What the CPU would take apart stays one operator, as on a GPU: attention (without dropout), RNNs, dropout."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return _without_dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _without_dropout(*args, **kwargs)
+        if func is torch.dropout and args[1] > 0 and args[2]:
+            return torch.native_dropout(*args)[0]
+        return (stand_in_for(func) or func)(*args, **kwargs)
 
 
 def _without_dropout(
@@ -192,7 +195,7 @@ def saved_bytes(target: Target, batch: int, seq: int) -> int:
             alive.append(tensor)  # an address may be used anew only when nothing holds it
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), _GpuAttention():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), _GpuKernels():
         loss = target.loss(model(*inputs.args, **inputs.kwargs), inputs)
     del loss
     return sum(kept.values())

@@ -236,7 +236,7 @@ MULTIMODAL: tuple[Member, ...] = (
         "vilt",
         "ViltForQuestionAnswering",
         seq=40,
-        small={"image_size": 32, "patch_size": 8, "max_position_embeddings": 40},
+        small={"image_size": 32, "patch_size": 8, "max_position_embeddings": 40, "max_image_length": -1},
     ),
     _hf(
         "flava",

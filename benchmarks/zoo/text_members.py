@@ -102,7 +102,7 @@ MEMBERS: tuple[Member, ...] = (
     _experts("mixtral", "MixtralForCausalLM", _FEW_EXPERTS),
     _experts("qwen2_moe", "Qwen2MoeForCausalLM", {**_FEW_EXPERTS, "shared_expert_intermediate_size": 32}),
     _experts("qwen3_moe", "Qwen3MoeForCausalLM", _FEW_EXPERTS),
-    _experts("phimoe", "PhimoeForCausalLM", _FEW_EXPERTS),
+    _experts("phimoe", "PhimoeForCausalLM", {**_FEW_EXPERTS, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}),
     _experts("granitemoe", "GraniteMoeForCausalLM", _FEW_EXPERTS),
     _experts("olmoe", "OlmoeForCausalLM", _FEW_EXPERTS),
     _experts(
@@ -116,6 +116,7 @@ MEMBERS: tuple[Member, ...] = (
             "num_experts_per_tok": 2,
             "q_lora_rank": 16,
             "kv_lora_rank": 16,
+            "num_key_value_heads": 4,
             "qk_rope_head_dim": 4,
             "qk_nope_head_dim": 8,
             "qk_head_dim": 12,
@@ -174,7 +175,7 @@ MEMBERS: tuple[Member, ...] = (
     _encoder("longformer", "LongformerForMaskedLM", {"attention_window": 4}),
     _encoder("xlnet", "XLNetLMHeadModel"),
     _encoder("mpnet", "MPNetForMaskedLM", {"max_position_embeddings": 66}),
-    _encoder("fnet", "FNetForMaskedLM"),
+    _encoder("fnet", "FNetForMaskedLM", precision="fp32"),
     _encoder("funnel", "FunnelForMaskedLM", {"block_sizes": [2, 2], "d_head": 8, "d_inner": 64}),
     # encoder-decoders
     _seq2seq("t5", "T5ForConditionalGeneration", config={"decoder_start_token_id": 0}),

@@ -7,8 +7,13 @@ from vision_libraries import torchvision
 CLASSES = 21
 
 
-def segmenter(name="deeplabv3_resnet50"):
-    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+def segmenter(name="deeplabv3_resnet50", dropout=None):
+    """A segmentation model; `dropout` replaces the rates of its heads, which torchvision fixes."""
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+    for module in model.modules():
+        if dropout is not None and isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return model
 
 
 def example_inputs(batch, seq=512):
