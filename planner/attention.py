@@ -70,11 +70,20 @@ class _Attention(torch.autograd.Function):
         return (*made, None, None)
 
 
-def stays_whole(query: torch.Tensor, value: torch.Tensor) -> bool:
+def stays_whole(query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
     """Whether the CPU's own operator runs such attention as one operator (dropout aside)."""
     if query.dim() != 4:
         return True  # no GPU kernel is fused for it either
-    return query.shape[-1] == value.shape[-1]
+    return query.shape[-1] == value.shape[-1] and (attn_mask is None or not attn_mask.requires_grad)
+
+
+def falls_apart(query: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
+    """Whether a GPU runs such attention as products and a softmax, because of its mask.
+
+    The memory-efficient kernel has a gradient for its mask if the mask's last dimension is contiguous (seen on H200
+    with torch 2.11: a permuted table of biases goes to the math path, its contiguous copy does not).
+    """
+    return attn_mask is not None and attn_mask.requires_grad and query.dim() == 4 and attn_mask.stride(-1) != 1
 
 
 def learned_mask_attention(
@@ -87,7 +96,7 @@ def learned_mask_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Attention with a mask that needs a gradient, as torch runs it on GPUs: products and a softmax in float32.
+    """Attention with a mask that needs a gradient and no kernel takes (`falls_apart`): products, softmax in float32.
 
     The operators and what they save are those of torch's `_scaled_dot_product_attention_math`.
     """

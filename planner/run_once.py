@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ModelError, TargetError
 from . import rnn
-from .attention import learned_mask_attention, stays_whole, whole_attention
+from .attention import falls_apart, learned_mask_attention, stays_whole, whole_attention
 from .blame import blame, describe, running_line
 from .budget import Budget
 from .chain import ReplayInexact, Span, build_chain
@@ -110,11 +110,11 @@ class _Steady(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if attn_mask is not None and attn_mask.requires_grad and query.dim() == 4:
+        if falls_apart(query, attn_mask):
             return learned_mask_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         if dropout_p:
             self._leave_out_dropout()
-        kernel = F.scaled_dot_product_attention if stays_whole(query, value) else whole_attention
+        kernel = F.scaled_dot_product_attention if stays_whole(query, value, attn_mask) else whole_attention
         return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
 
     def _without_dropout(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""What torch itself says of a model: FLOPs of its counter, parameters without a gradient, bytes kept for backward.
+"""What torch itself says of a model: FLOPs of its counter, parameters that nothing reads, bytes kept for backward.
 
 Nothing of the tracer's recording or pricing is used. torch's `FlopCounterMode` lacks some operators and counts the
 CPU's fall-backs where a GPU has one kernel, so attention, recurrent layers and grouped products are counted here by
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from tpplan.planner.attention import stays_whole, whole_attention
+from tpplan.planner.attention import falls_apart, learned_mask_attention, stays_whole, whole_attention
 from tpplan.planner.rnn import stand_in_for
 from tpplan.planner.stand_in import FakeModel, RealModel
 from tpplan.planner.target import Target
@@ -28,11 +29,12 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 @dataclass(slots=True)
 class Oracle:
-    """FLOPs of one step at one batch size, and the trainable parameters that got no gradient."""
+    """FLOPs of one step at one batch size, the trainable parameters that nothing reads, and those without a gradient."""
 
     forward: int = 0
     backward: int = 0
     unused: set[str] = field(default_factory=set)
+    without_gradient: set[str] = field(default_factory=set)
 
 
 class _Counted(torch.autograd.Function):
@@ -61,9 +63,15 @@ class _Formulas(TorchFunctionMode):
     def __init__(self, found: Oracle) -> None:
         super().__init__()
         self.found = found
+        self.read: set[int] = set()  # parameters that went into a function of torch with tensors as result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._run(func, args, kwargs or {})
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            self.read.update(id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.nn.Parameter))
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func in (F.grouped_mm, torch._grouped_mm):
@@ -86,15 +94,17 @@ class _Formulas(TorchFunctionMode):
     def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **named: Any) -> Any:
         """2 b h s_q s_kv (d_qk + d_v) forward; backward computes the scores again: 3 d_qk + 2 d_v.
 
-        No fused kernel broadcasts heads unless it is told to (enable_gqa), and none has a gradient for its mask: then
-        the products run one by one, and backward is twice the forward.
+        No fused kernel broadcasts heads unless it is told to (enable_gqa), and none has a gradient for a mask whose
+        last dimension is not contiguous: then the products run one by one, and backward is twice the forward.
         """
         *batch, _, width = query.shape
         pairs = 2 * math.prod(batch) * query.shape[-2] * key.shape[-2]
         out = (*query.shape[:-1], value.shape[-1])
         forward, backward = pairs * (width + value.shape[-1]), pairs * (3 * width + 2 * value.shape[-1])
         learned_mask = attn_mask is not None and attn_mask.requires_grad
-        if learned_mask or (key.shape[-3] != query.shape[-3] and not named.get("enable_gqa")):
+        if (learned_mask and attn_mask.stride(-1) != 1) or (
+            key.shape[-3] != query.shape[-3] and not named.get("enable_gqa")
+        ):
             backward = 2 * forward
         inputs = [query, key, value, *([attn_mask] if learned_mask else [])]
         return self._count([out], forward, backward, *inputs)[0]
@@ -144,13 +154,16 @@ def count(target: Target, batch: int, seq: int, precision: str, real: bool = Fal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inputs = target.example_inputs(fake.model, batch, seq).map(fake.input)
-        with counter, _Formulas(found):
+        formulas = _Formulas(found)
+        with counter, formulas:
             loss = target.loss(fake.model(*inputs.args, **inputs.kwargs), inputs)
             forward = counter.get_total_flops()
             loss.backward()
     found.forward += forward
     found.backward += counter.get_total_flops() - forward
-    found.unused = {n for n, p in fake.model.named_parameters() if p.requires_grad and p.grad is None}
+    trained = {n: p for n, p in fake.model.named_parameters() if p.requires_grad}
+    found.unused = {n for n, p in trained.items() if id(p) not in formulas.read}
+    found.without_gradient = {n for n, p in trained.items() if p.grad is None}
     return found
 
 
@@ -175,7 +188,9 @@ def _without_dropout(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Any:
-    kernel = F.scaled_dot_product_attention if stays_whole(query, value) else whole_attention
+    kernel = F.scaled_dot_product_attention if stays_whole(query, value, attn_mask) else whole_attention
+    if falls_apart(query, attn_mask):
+        kernel = learned_mask_attention
     return kernel(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
 
 

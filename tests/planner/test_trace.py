@@ -294,23 +294,33 @@ def example_inputs(batch, seq):
         model(tmp_path, text)
 
 
-def test_attention_with_a_learned_mask_is_products_and_a_softmax_in_float32(tmp_path):
-    text = """
+LEARNED_MASK = """
 import torch.nn.functional as F
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.qkv = nn.Linear(16, 48)
-        self.mask = nn.Parameter(torch.zeros(1, 4, 8, 8))
+        self.mask = nn.Parameter(torch.zeros(8, 8, 4))
     def forward(self, x):
         q, k, v = self.qkv(x).view(len(x), 8, 3, 4, 4).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=0.1).square().mean()
+        mask = self.mask.permute(2, 0, 1).unsqueeze(0)MAYBE
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.1).square().mean()
 def build_model():
     return Net()
 def example_inputs(batch, seq):
     return torch.randn(batch, seq, 16)
 """
-    (cls,) = model(tmp_path, text).classes
+
+
+def test_attention_with_a_contiguous_learned_mask_stays_whole(tmp_path):
+    (cls,) = model(tmp_path, LEARNED_MASK.replace("MAYBE", ".contiguous()")).classes
+    (op,) = [op for op in cls.ops if op.forward.kind == "attention"]
+    assert op.forward.flops.at(3) == 4 * 3 * 4 * 8 * 8 * 4
+    assert [kernel.kind for kernel in op.backward].count("attention") == 1
+
+
+def test_attention_with_a_permuted_learned_mask_is_products_and_a_softmax_in_float32(tmp_path):
+    (cls,) = model(tmp_path, LEARNED_MASK.replace("MAYBE", "")).classes
     names = [op.name.split(".")[1] for op in cls.ops]
     assert [n for n in names if n in ("bmm", "_safe_softmax", "native_dropout")] == [
         "bmm",
