@@ -1,7 +1,11 @@
 """Operators that DTensor has no rule for, on operands that every tp rank holds whole: each rank runs the operator.
 
 DTensor refuses what it does not know (`as_strided_`, `nonzero`, a CTC loss, deformable sampling), even where
-nothing is split. There the answer is plain: the operator on the local tensors. On split operands it stays an error.
+nothing is split. There the answer is plain: the operator on the local tensors. On split operands it stays an error,
+but for element-wise operators.
+
+Views of what a rank holds are made contiguous first where its strides do not allow them, though the whole
+tensor's would.
 """
 
 from __future__ import annotations
@@ -15,28 +19,43 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..errors import ModelError, PlanFileError
-from .compat import dtensor_dispatcher, tree_flatten, tree_map_only
+from .compat import dtensor_dispatcher, tree_flatten, tree_map_only, tree_unflatten
+from .split_operators import is_elementwise, run_split
 
 _METHOD = "_propagate_op_sharding_dispatch_slow_path"
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_LOCAL_METHOD = "_dispatch_get_local_results_slow_path"
 
 
 @contextmanager
 def whole_operands_run_locally() -> Iterator[None]:
     """Inside, an operator without a rule runs on each rank, if all of its operands are replicated."""
     dispatcher = dtensor_dispatcher()
-    propagate = getattr(dispatcher, _METHOD)
+    propagate, run_local = getattr(dispatcher, _METHOD), getattr(dispatcher, _LOCAL_METHOD)
 
     def with_fallback(operator: Any, args: Any, kwargs: Any, *rest: Any) -> Any:
         try:
             return propagate(operator, args, kwargs, *rest)
         except (NotImplementedError, RuntimeError) as error:
-            return run_whole(operator, args, kwargs, error)
+            output = run_split(operator, args, kwargs) if is_elementwise(operator) else None
+            return run_whole(operator, args, kwargs, error) if output is None else output
+
+    def with_copies(operator: Any, args: Any, info: Any) -> Any:
+        try:
+            return run_local(operator, args, info)
+        except RuntimeError as error:
+            if operator not in _VIEWS or "view size is not compatible" not in str(error):
+                raise
+            given = info.local_args if info.args_tree_spec is None else tree_unflatten(info.local_args, info.args_tree_spec)
+            return operator(given[0].contiguous(), *given[1:])  # the parts are redistributed by now
 
     setattr(dispatcher, _METHOD, with_fallback)
+    setattr(dispatcher, _LOCAL_METHOD, with_copies)
     try:
         yield
     finally:
         delattr(dispatcher, _METHOD)
+        delattr(dispatcher, _LOCAL_METHOD)
 
 
 def run_whole(operator: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
