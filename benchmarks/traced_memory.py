@@ -43,8 +43,11 @@ decimals, so equal rows are listed once). `batch x length` is per rank; a length
 latents.
 
 No number is fitted to these rows, but three rules came out of earlier versions of the table, so it is no independent
-test of them: dropout keeps a mask of one byte an element, attention with a learned mask runs as products and a softmax
-in float32, and compiled blocks keep what matrix products read.
+test of them: dropout keeps a mask of one byte an element, attention with a learned mask that is not contiguous runs as
+products and a softmax in float32, and compiled blocks keep what matrix products read.
+
+T5 was measured with transformers 5.17, which hands its permuted position bias to attention (the math path); later
+versions make it contiguous and get the fused kernel, which is what is traced where those are installed.
 
 What is off: with full recompute, and for models whose parameters outweigh their activations (the small U-Net rows,
 DLRM), the peak adds gradients and the largest workspace, which are not there at the same moment. DLRM under fsdp4 is

@@ -21,6 +21,7 @@ from .channels import (
     torch_batch_norm,
     torch_group_norm,
 )
+from .packed_products import any_packed_weight, linear_of_packed_rows, torch_linear
 from .pooling import CHANNELWISE
 from .products import (
     einsum_on_local_batches,
@@ -35,6 +36,7 @@ _OWN: dict[int, Callable[..., Any]] = {
     id(torch_attention): attention_on_local_heads,
     id(torch_embedding): embedding_on_local_rows,
     id(torch_matmul): matmul_on_local_batches,
+    id(torch_linear): linear_of_packed_rows,
     id(torch_einsum): einsum_on_local_batches,
     id(torch_batch_norm): batch_norm_of_local_channels,
     id(torch_group_norm): group_norm_of_local_channels,
@@ -64,7 +66,8 @@ def find_names(model: nn.Module) -> None:
 @contextmanager
 def interposed() -> Iterator[None]:
     """Inside, the noted names stand for tpplan's functions; without DTensors those call torch's own."""
-    replaced = [entry for entry in _names if entry[0].get(entry[1]) is entry[2]]
+    left = None if any_packed_weight() else torch_linear  # the compiler sees torch's own where it can
+    replaced = [e for e in _names if e[0].get(e[1]) is e[2] and e[2] is not left]
     try:
         for space, name, function in replaced:
             space[name] = _OWN[id(function)]

@@ -43,6 +43,7 @@ from .heads import use_local_heads
 from .interpose import find_names, interposed
 from .local_region import runs_locally, use_local_region, use_local_regions
 from .packed import PackedOutput
+from .packed_products import note_packed_weight
 from .placements import sum_gradient, sum_unmarked, wrap_activation
 from .whole_operators import whole_operands_run_locally
 
@@ -94,6 +95,9 @@ def apply_tensor_parallel(
                 new = _sharded_parameter(parameter, split, tp_mesh)
                 done[id(parameter)] = done[id(new)] = new
             module._parameters[name] = done[id(parameter)]
+            found = dims.get(id(parameter))
+            if style.style == "parameters" and found is not None and found.segments and parameter.ndim == 2:
+                note_packed_weight(module, name, found.segments)
         within = any(fqn.startswith(f"{name}.") for name in inside)
         if (owned or fqn in section.styles) and not within:
             _set_borders(module, fqn, style, tp_mesh)

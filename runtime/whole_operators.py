@@ -24,6 +24,7 @@ from .split_operators import is_elementwise, run_split
 
 _METHOD = "_propagate_op_sharding_dispatch_slow_path"
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_TAIL = "_dispatch_fast_path_python_tail"
 _LOCAL_METHOD = "_dispatch_get_local_results_slow_path"
 
 
@@ -49,11 +50,26 @@ def whole_operands_run_locally() -> Iterator[None]:
             given = info.local_args if info.args_tree_spec is None else tree_unflatten(info.local_args, info.args_tree_spec)
             return operator(given[0].contiguous(), *given[1:])  # the parts are redistributed by now
 
+    tail = getattr(dispatcher, _TAIL)
+
+    def with_plain_self(operator: Any, args: Any, kwargs: Any, mesh: Any, sharding: Any, *rest: Any) -> Any:
+        in_place = rest[2]
+        if not in_place or isinstance(args[0], DTensor) or sharding.output_spec is None:
+            return tail(operator, args, kwargs, mesh, sharding, *rest)
+        if all(placement.is_replicate() for placement in sharding.output_spec.placements):
+            return args[0]  # a buffer or a new tensor of the model's, which took what all ranks hold
+        raise ModelError(
+            f"{operator} would write a tensor placed {sharding.output_spec.placements[0]} into a whole one.",
+            "Plan again without tensor parallelism: --fix tp=1.",
+        )
+
+    setattr(dispatcher, _TAIL, with_plain_self)
     setattr(dispatcher, _METHOD, with_fallback)
     setattr(dispatcher, _LOCAL_METHOD, with_copies)
     try:
         yield
     finally:
+        delattr(dispatcher, _TAIL)
         delattr(dispatcher, _METHOD)
         delattr(dispatcher, _LOCAL_METHOD)
 

@@ -138,6 +138,7 @@ def _oracle(member: Member, folder: Path, found: dict[str, Any]) -> None:
         "flops": [torchs.forward, torchs.backward],
         "flops_error": [ours[0] / torchs.forward - 1, ours[1] / torchs.backward - 1],
         "unused": sorted(torchs.unused),
+        "without_gradient": len(torchs.without_gradient),
         "unused_equal": sorted(torchs.unused) == unused,
     }
 

@@ -174,8 +174,8 @@ class _GpuKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _without_dropout(*args, **kwargs)
-        if func is torch.dropout and args[1] > 0 and args[2]:
-            return torch.native_dropout(*args)[0]
+        if func is F.dropout and kwargs["p"] > 0 and kwargs["training"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
         return (stand_in_for(func) or func)(*args, **kwargs)
 
 
