@@ -47,7 +47,9 @@ def whole_operands_run_locally() -> Iterator[None]:
         except RuntimeError as error:
             if operator not in _VIEWS or "view size is not compatible" not in str(error):
                 raise
-            given = info.local_args if info.args_tree_spec is None else tree_unflatten(info.local_args, info.args_tree_spec)
+            given = (
+                info.local_args if info.args_tree_spec is None else tree_unflatten(info.local_args, info.args_tree_spec)
+            )
             return operator(given[0].contiguous(), *given[1:])  # the parts are redistributed by now
 
     tail = getattr(dispatcher, _TAIL)

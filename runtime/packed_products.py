@@ -1,0 +1,56 @@
+"""`F.linear` with a packed weight that is no linear module's own call: `F.linear(x, self.qkv.weight, bias)`.
+
+The result waits to be cut into its segments, as that of a packed linear module (see packed.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .packed import PackedOutput, packed_part
+from .placements import split_dim, to_each_rank
+
+torch_linear = F.linear
+# Sizes of the segments of packed weights by owner and name: a property of the modules, which FSDP gives new tensors.
+_sizes: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def note_packed_weight(module: nn.Module, name: str, sizes: Sequence[int]) -> None:
+    """Parameter `name` of `module` holds, on each rank, its rows of segments of `sizes`."""
+    _sizes.setdefault(module, {})[name] = tuple(sizes)
+
+
+def any_packed_weight() -> bool:
+    """Whether a model of this process has one."""
+    return bool(_sizes)
+
+
+def linear_of_packed_rows(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    """`torch.nn.functional.linear`; a noted weight gives a `PackedOutput`."""
+    sizes = _sizes_of(weight)
+    if sizes is None or not isinstance(weight, DTensor):
+        return torch_linear(input, weight, bias)
+    mesh, own = weight.device_mesh, bias
+    if isinstance(bias, DTensor) and split_dim(bias) == 0:
+        own = bias.to_local()  # packed alike
+    elif bias is not None:
+        own = packed_part(to_each_rank(bias, mesh), sizes, mesh.size(), mesh.get_local_rank(), 0)
+    local = torch_linear(to_each_rank(input, mesh), weight.to_local(), own)
+    return PackedOutput(local, mesh, local.ndim - 1, sizes, "a packed weight")
+
+
+def _sizes_of(weight: torch.Tensor) -> tuple[int, ...] | None:
+    if split_dim(weight) != 0:
+        return None
+    for module, names in _sizes.items():
+        for name, sizes in names.items():
+            if module._parameters.get(name) is weight:
+                return sizes
+    return None
