@@ -7,6 +7,7 @@ are traced: two give every figure as a function of the size, the third proves it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -96,6 +97,30 @@ def trace(target: Target, *, sequence_length: int, precision: str = "bf16", full
         ) from None
 
 
+class _OtherCalls(Exception):
+    """How often these units are called follows the microbatch size (a loop over samples): they must be one unit."""
+
+    def __init__(self, units: frozenset[str]) -> None:
+        super().__init__(", ".join(sorted(units)))
+        self.units = units
+
+
+def _other_modules(target: Target) -> ModelError:
+    return ModelError(
+        f"{target.name} runs other modules, or joins them otherwise, at other microbatch sizes.",
+        "Make its forward run the same operators at every batch size.",
+    )
+
+
+def _check_calls(runs: Sequence[Run]) -> None:
+    """Every run must have called the same units as often."""
+    counts = [Counter(span.call.fqn for span in run.spans) for run in runs]
+    units = {fqn for count in counts for fqn in count}
+    other = frozenset(fqn for fqn in units if len({count[fqn] for count in counts}) > 1)
+    if other:
+        raise _OtherCalls(other)
+
+
 def _traced(target: Target, model: nn.Module, sequence_length: int, precision: str, full: bool) -> ModelGraph:
     """Trace a model that was built with its parameters on meta."""
     parameters = describe_parameters(model)
@@ -105,7 +130,14 @@ def _traced(target: Target, model: nn.Module, sequence_length: int, precision: s
     def at(length: int, limits: Limits) -> ModelGraph:
         fake.limits = limits
         every = full or bool(limits.looped)
-        return _trace(fake, target, length, parameters, tied, precision, every)
+        try:
+            try:
+                return _trace(fake, target, length, parameters, tied, precision, every)
+            except _OtherCalls as other:
+                fake.limits = replace(limits, looped=limits.looped | other.units)
+                return _trace(fake, target, length, parameters, tied, precision, True)
+        except _OtherCalls:
+            raise _other_modules(target) from None
 
     try:
         return at(sequence_length, Limits(bounded=not full))
@@ -227,13 +259,11 @@ def _assemble(
     precision: str,
 ) -> ModelGraph:
     first, batches = runs[0], (*BATCHES, FOURTH)[: len(runs)]
+    _check_calls(runs)
     align([run.folded for run in runs])
     units = _units(first)
     if any(_units(run) != units for run in runs[1:]):
-        raise ModelError(
-            f"{target.name} runs other modules, or joins them otherwise, at other microbatch sizes.",
-            "Make its forward run the same operators at every batch size.",
-        )
+        raise _other_modules(target)
     owners = [next(u.fqn for u in units if u.class_index == i) for i in range(len(first.folded.classes))]
     inexact: set[tuple[int, str]] | None = set() if first.data_decides else None
     loops: set[int] = set()
