@@ -58,6 +58,21 @@ def opaque_parts(
     return tuple((fqn, reason, inside[fqn] / total if total else 0.0) for fqn, reason in outermost.items())
 
 
+def opaque_notes(graph: ModelGraph) -> list[str]:
+    """Remarks on the opaque parts: where, their share of the FLOPs, why; those with one reason together."""
+    alike: dict[str, list[tuple[str, float]]] = {}
+    for fqn, reason, share in graph.opaque:
+        alike.setdefault(reason, []).append((fqn, share))
+    found = []
+    for reason, parts in alike.items():
+        name = parts[0][0] if parts[0][0].strip("/") else "the model's own code"
+        others = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        found.append(f"opaque: {name}{others}, {sum(s for _, s in parts):.1%} of the FLOPs: {reason}")
+    if found and not graph.captured:
+        found.append("opaque parts hold more than a fifth of the FLOPs: take the figures as a guide only")
+    return found
+
+
 def read_notes(graph: ModelGraph, rec: Recording) -> list[str]:
     """Remarks on places where data was looked at and the figures are exact for what was taken, and on recomputation."""
     notes: dict[str, None] = {}

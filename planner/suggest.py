@@ -105,6 +105,7 @@ def suggest_in_detail(
         raise UsageError(f"--gpus is {gpus}; a plan needs at least one GPU.", "Give --gpus 1 or more.")
     say("hardware", f"{profile.name} ({why})")
 
+    from .opaque import opaque_notes
     from .target import load_target
     from .trace import trace
 
@@ -159,7 +160,7 @@ def suggest_in_detail(
         "assumptions": assumptions(
             request, profile, why, "" if seq_len else default.source, global_batch is None, memory_limit_gib is None
         ),
-        "notes": list(graph.notes) + notes(graph, sharding, loaded.loss_weighting),
+        "notes": opaque_notes(graph) + list(graph.notes) + notes(graph, sharding, loaded.loss_weighting),
     }
     plan = build_plan(model, Mesh(*best.key), best.assignment, best.evaluation, fields)
     clock.lap("plan")
