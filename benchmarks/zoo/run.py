@@ -3,6 +3,11 @@
     python benchmarks/zoo/run.py --jobs 2                 # everything; members that are done on this tree are kept
     python benchmarks/zoo/run.py gpt2 t5 --no-execute     # some
 
+Members from torchvision and timm need these two packages, beside a CPU build of torch in a folder of their own
+(transformers would import a torchvision that lacks its operators):
+
+    pip install --no-deps --target .venv/vision torchvision==0.28.0 timm
+
 Each member runs in processes of its own, so that one that crashes or hangs costs only itself. Results go to
 benchmarks/results/zoo.json as they come; `report.py` writes docs/zoo.md from them.
 """
