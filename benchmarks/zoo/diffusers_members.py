@@ -73,7 +73,7 @@ DIFFUSERS: tuple[Member, ...] = (
         },
         small_seq=8,
         executed=False,
-        why_not="drops class labels at random",
+        why_not="drops class labels at random, at a rate that its code fixes",
     ),
     _diffusers(
         "pixart_alpha",

@@ -29,7 +29,7 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 @dataclass(slots=True)
 class Oracle:
-    """FLOPs of one step at one batch size, the trainable parameters that nothing reads, and those without a gradient."""
+    """FLOPs of one step at one batch size; trainable parameters that nothing reads, or that got no gradient."""
 
     forward: int = 0
     backward: int = 0

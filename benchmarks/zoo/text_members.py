@@ -43,6 +43,9 @@ _FEW_EXPERTS = {
     "moe_intermediate_size": 32,
 }
 
+# Loops over time steps: sequences of 1024, and torch counts the small variant (it does not fold the loop).
+_STEPS: Mapping[str, Any] = {"seq": 1024, "oracle_small": True}
+
 MEMBERS: tuple[Member, ...] = (
     # multi-head, grouped-query and multi-query attention; parallel blocks; ALiBi, rotary, learned positions
     _decoder("gpt2", "GPT2LMHeadModel"),
@@ -128,15 +131,16 @@ MEMBERS: tuple[Member, ...] = (
     _experts("gpt_oss", "GptOssForCausalLM", {**_FEW_EXPERTS, "num_experts_per_tok": 2, "sliding_window": 8}),
     _experts("llama4_text", "Llama4ForCausalLM", {**_FEW_EXPERTS, "intermediate_size_mlp": 64}),
     # state spaces, linear attention, hybrids
-    _state_space("mamba", "MambaForCausalLM", {"state_size": 4, "time_step_rank": 4}),
+    _state_space("mamba", "MambaForCausalLM", {"state_size": 4, "time_step_rank": 4}, **_STEPS),
     _state_space(
         "mamba2", "Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}
     ),
-    _state_space("falcon_mamba", "FalconMambaForCausalLM", {"state_size": 4, "time_step_rank": 4}),
+    _state_space("falcon_mamba", "FalconMambaForCausalLM", {"state_size": 4, "time_step_rank": 4}, **_STEPS),
     _state_space(
         "jamba",
         "JambaForCausalLM",
         {**_FEW_EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+        **_STEPS,
     ),
     _state_space(
         "bamba",
@@ -150,8 +154,10 @@ MEMBERS: tuple[Member, ...] = (
             "attn_layer_indices": [1, 3],
         },
     ),
-    _state_space("rwkv", "RwkvForCausalLM", {"attention_hidden_size": 32, "context_length": 64}),
-    _state_space("recurrent_gemma", "RecurrentGemmaForCausalLM", {"lru_width": 32, "attention_window_size": 8}),
+    _state_space("rwkv", "RwkvForCausalLM", {"attention_hidden_size": 32, "context_length": 64}, **_STEPS),
+    _state_space(
+        "recurrent_gemma", "RecurrentGemmaForCausalLM", {"lru_width": 32, "attention_window_size": 8}, **_STEPS
+    ),
     _state_space(
         "qwen3_next",
         "Qwen3NextForCausalLM",
