@@ -95,7 +95,8 @@ def batch_of(samples: Samples, plan: Plan, replica: int, replicas: int) -> list[
 def reference(plan: Plan, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one process that runs all microbatches of the global batch in order."""
     target = target_of(plan)
-    model = build_seeded(target, SEED, dtype)
+    with keep_float64():  # as a run builds it: tables that the model computes stay exact
+        model = build_seeded(target, SEED, dtype)
     samples = Samples(target, model, plan.batch.sequence_length, SEED)
     size = plan.batch.microbatch_size
     count = plan.batch.global_batch // size
