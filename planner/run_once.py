@@ -60,7 +60,7 @@ _FORMAT = torch.Tensor.__format__
 _LEAVES_TORCH = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, _FORMAT)
 
 
-class _Steady(TorchFunctionMode):
+class Steady(TorchFunctionMode):
     """Keeps the trace independent of chance: attention without dropout, layer-drop that drops no layer.
 
     Attention stays one operator only without dropout on the CPU; GPUs draw it inside the kernel. A draw of one
@@ -202,12 +202,12 @@ def run_once(
     for name, tensor in model.named_buffers():
         recorder.register(tensor, "buffer", name)
     replayer = Replayer(stand_in.repeated, stand_in.borders.opened, recorder, stand_in.empty)
-    steady = _Steady(recorder)
+    steady = Steady(recorder)
     with same_draws():
         inputs = target.example_inputs(model, batch, seq).map(stand_in.input)
         named = {name: recorder.register(tensor, "input", name) for name, tensor in inputs.tensors().items()}
         if isinstance(stand_in, FakeModel):
-            recorder.fake = _fake_run(stand_in, recorder, batch, chance, target)
+            recorder.fake = fake_run(stand_in, recorder, batch, chance, target)
         doing = f"{target.name} failed while being traced"
         try:
             with (
@@ -250,7 +250,7 @@ def run_once(
     )
 
 
-def _fake_run(stand_in: FakeModel, recorder: Recorder, batch: int, chance: Chance, target: Target) -> FakeRun:
+def fake_run(stand_in: FakeModel, recorder: Recorder, batch: int, chance: Chance, target: Target) -> FakeRun:
     """What runs operators on fake tensors, told the values that are known."""
     values = Values(recorder.recording, batch, chance)
     for fake, real in stand_in.values:
@@ -266,7 +266,7 @@ def _fake_run(stand_in: FakeModel, recorder: Recorder, batch: int, chance: Chanc
 
 
 def _forward_backward(
-    recorder: Recorder, replayer: Replayer, steady: _Steady, target: Target, inputs: Inputs, full: bool
+    recorder: Recorder, replayer: Replayer, steady: Steady, target: Target, inputs: Inputs, full: bool
 ) -> str:
     """Run the model, and say which loss was taken."""
     model = recorder.model

@@ -25,7 +25,7 @@ from .initialise import Materialiser, initial_tensors
 from .mesh import RankMesh
 from .part import Part
 from .recompute import wrap_units
-from .stubs import Border, hollow_parameter, hook_own_units, parse_wire, stub_unit
+from .stubs import Border, answer_for_parameters, hollow_parameter, hook_own_units, parse_wire, stub_unit
 from .tensor_parallel import apply_tensor_parallel
 from .unit_outputs import record_unit_outputs
 
@@ -86,7 +86,8 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
     if len(plan.stages) > 1:
         everyone = [fqn for stage in plan.stages for fqn in stage.modules]
         around = modules_around(plan)
-        outputs = record_unit_outputs(model, [*everyone, *around], example, compute_dtype)
+        whole = dict(model.named_parameters())
+        outputs = record_unit_outputs(model, [*everyone, *around], example, compute_dtype, target)
         border.receives = tuple(parse_wire(name, outputs) for name in section.receives)
         border.sends = tuple(parse_wire(name, outputs) for name in section.sends)
         for fqn in everyone:
@@ -97,6 +98,7 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
         for name in [n for n, _ in model.named_parameters(remove_duplicate=False)]:
             if index not in holders[aliases[name]]:
                 hollow_parameter(model, name, options.device)
+        answer_for_parameters(model, whole, options.device)
     blocks = [fqn for fqn in section.modules if fqn.rpartition(".")[2].isdigit()] if options.compiled else []
     if mesh.degree("tp") > 1:
         apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp, section.fsdp_units, blocks)
@@ -111,7 +113,7 @@ def build_stage(target: Target, plan: Plan, mesh: RankMesh, example: Inputs, opt
         shard_parameters(part, model, units, plan, mesh, compute_dtype, materialiser)
     if index + 1 < len(plan.stages):
         ended_here = modules_around(plan) & ({w.fqn for w in border.sends} - {w.fqn for w in border.receives})
-        hook_own_units(model, [*section.modules, *sorted(ended_here)], outputs, border, section.modules[-1])
+        hook_own_units(model, [*section.modules, *sorted(ended_here)], outputs, border)
     mine = {aliases[name]: p for name, p in model.named_parameters()}
     return Stage(section, part, border, SharedParameters(holders, mine, mesh), compute_dtype)
 

@@ -10,8 +10,9 @@ A stub owns no parameters and returns tensors of the right shape that occupy one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,11 @@ def stub_unit(model: nn.Module, fqn: str, outputs: UnitOutputs, border: Border, 
 
         def make(index: int, leaf: Leaf) -> torch.Tensor:
             received = border.received.get((fqn, call, index))
-            return _hollow(leaf.shape, leaf.dtype, device) if received is None else received
+            if received is not None:
+                return received.clone() if leaf.written else received  # a leaf of autograd cannot be changed
+            if leaf.written:
+                return torch.zeros(leaf.shape, dtype=leaf.dtype, device=device)
+            return _hollow(leaf.shape, leaf.dtype, device)
 
         return output.rebuild(make)
 
@@ -130,13 +135,29 @@ def hollow_parameter(model: nn.Module, name: str, device: torch.device) -> None:
     module.__dict__[attribute] = _hollow(tuple(tensor.shape), tensor.dtype, device)
 
 
-def hook_own_units(model: nn.Module, units: Collection[str], outputs: UnitOutputs, border: Border, last: str) -> None:
-    """Capture the tensors that this stage sends, and leave the forward after the last call of unit `last`.
+def answer_for_parameters(model: nn.Module, before: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    """Let modules inside `model` that lost all their parameters still say what dtype and device they had.
+
+    `before` are the model's parameters by name when it was whole. (`next(self.visual.parameters()).dtype`)
+    """
+    for fqn, module in model.named_modules():
+        first = next((p for name, p in before.items() if name.startswith(f"{fqn}.")), None)
+        if fqn and first is not None and next(module.parameters(), None) is None:
+            stand_in = _hollow(tuple(first.shape), first.dtype, device)
+            module.__dict__["parameters"] = partial(_one, stand_in)
+
+
+def _one(tensor: torch.Tensor, recurse: bool = True) -> Iterator[torch.Tensor]:
+    return iter((tensor,))
+
+
+def hook_own_units(model: nn.Module, units: Collection[str], outputs: UnitOutputs, border: Border) -> None:
+    """Capture the tensors that this stage sends, and leave the forward after the call of `units` that ends last.
 
     Call it after `fully_shard`, whose own hooks on these modules must run before the exit.
     """
     wanted: Mapping[str, list[Wire]] = {fqn: [wire for wire in border.sends if wire.fqn == fqn] for fqn in units}
-    final_call = max(call for fqn, call in outputs if fqn == last)
+    final = [key for key in outputs if key[0] in wanted][-1]  # noted in the order in which they ended
 
     def make_hook(fqn: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -145,13 +166,13 @@ def hook_own_units(model: nn.Module, units: Collection[str], outputs: UnitOutput
             for wire in wanted[fqn]:
                 if wire.call == call:
                     border.captured[wire.key] = leaves[wire.leaf]
-            if fqn == last and call == final_call:
+            if (fqn, call) == final:
                 raise StageExit(border.leave())
 
         return hook
 
     for fqn in units:
-        if wanted[fqn] or fqn == last:
+        if wanted[fqn] or fqn == final[0]:
             model.get_submodule(fqn).register_forward_hook(make_hook(fqn))
 
 

@@ -5,8 +5,10 @@ A pipeline stage replays these structures for the units of other stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,17 +16,27 @@ from torch import nn
 from torch.func import functional_call
 
 from ..errors import ModelError, TpplanError
+from ..planner.construct import parameters_on_meta
+from ..planner.forward_once import forward_with_values
 from ..planner.inputs import Inputs
+from ..planner.run_once import same_draws
+from ..planner.stand_in import FakeModel
+from ..planner.target import Target
+from ..planner.values import BufferRead
 from .compat import FakeTensorMode, TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One tensor that a unit returns: shape, dtype, and whether gradients flow through it."""
+    """One tensor that a unit returns: shape, dtype, whether gradients flow through it.
+
+    `written`: code behind the unit changes it in place.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    written: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,7 @@ UnitOutputs = Mapping[tuple[str, int], UnitOutput]
 
 
 def record_unit_outputs(
-    model: nn.Module, units: Collection[str], inputs: Inputs, compute_dtype: torch.dtype
+    model: nn.Module, units: Collection[str], inputs: Inputs, compute_dtype: torch.dtype, target: Target
 ) -> UnitOutputs:
     """Outputs of each call of each of `units`, keyed by (FQN, call).
 
@@ -58,64 +70,144 @@ def record_unit_outputs(
         One microbatch of real CPU tensors.
     compute_dtype : torch.dtype
         What floating-point parameters, inputs and unit arguments are cast to, as in the run.
+    target : Target
+        What builds the model.
 
     Raises
     ------
     ModelError
         If the model's forward fails on fake tensors.
     """
-    outputs: dict[tuple[str, int], UnitOutput] = {}
-    calls = dict.fromkeys(units, 0)
-    inside: list[nn.Module] = []
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(compute_dtype) if tensor.is_floating_point() else tensor
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        inside.append(module)
-        return tree_map_only(torch.Tensor, cast, (args, kwargs))
-
-    def after(fqn: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[fqn, calls[fqn]] = describe(output)
-            calls[fqn] += 1
-            inside.pop()
-
-        return hook
-
-    handles = []
-    for fqn in units:
-        module = model.get_submodule(fqn)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after(fqn)))
-    fakes = _fake_state(model, mode, compute_dtype)
-    # Integers stay real: code may decide by them (lengths of targets, positions of images in a text).
-    fake_inputs = inputs.map(lambda t: cast(mode.from_tensor(t)) if t.is_floating_point() else t)
+    plain = _Watch(units, compute_dtype)
     try:
-        # The fake mode is not active around the forward: constants that the model makes stay real.
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            functional_call(model, fakes, fake_inputs.args, fake_inputs.kwargs)
+        with plain.on(model):
+            _run_plainly(model, inputs, compute_dtype)
+        return plain.outputs
+    except TpplanError:
+        raise
+    except Exception:
+        if plain.is_complete:
+            return plain.outputs  # behind the last unit: a loss that no fake tensor can compute
+    # Its code looks at data: once more as the planner traces it, with values for what it reads.
+    valued = _Watch(units, compute_dtype)
+    try:
+        _run_with_values(model, inputs, compute_dtype, target, valued)
     except TpplanError:
         raise
     except Exception as error:
-        if all(calls.values()) and not inside:
-            return outputs  # behind the last unit: a loss that no fake tensor can compute
-        raise ModelError(
-            f"The model's forward failed on fake tensors: {type(error).__name__}: {_first_line(error)}.",
-            "Pipeline stages need it to find what crosses their borders; run a plan with pp=1.",
-        ) from error
+        if not valued.is_complete:
+            raise ModelError(
+                f"The model's forward failed on fake tensors: {type(error).__name__}: {_first_line(error)}.",
+                "Pipeline stages need it to find what crosses their borders; run a plan with pp=1.",
+            ) from error
+    return valued.outputs
+
+
+class _Watch:
+    """Hooks that note what each call of each unit returns, and cast what it is given to the compute dtype."""
+
+    def __init__(self, units: Collection[str], compute_dtype: torch.dtype) -> None:
+        self._returned: dict[tuple[str, int], tuple[Any, list[int]]] = {}
+        self._units, self._dtype = units, compute_dtype
+        self._calls = dict.fromkeys(units, 0)
+        self._inside = 0
+
+    @property
+    def outputs(self) -> UnitOutputs:
+        """What was noted, once the forward is through."""
+        return {key: describe(*returned) for key, returned in self._returned.items()}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit has run, and none is running."""
+        return bool(self._returned) and all(self._calls.values()) and not self._inside
+
+    def restart(self) -> None:
+        """Forget what was noted."""
+        self._returned, self._inside = {}, 0
+        self._calls = dict.fromkeys(self._units, 0)
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Watch `model` inside."""
+        handles = []
+        for fqn in self._units:
+            module = model.get_submodule(fqn)
+            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(self._after, fqn)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._inside += 1
+        return tree_map_only(torch.Tensor, partial(_cast, self._dtype), (args, kwargs))
+
+    def _after(self, fqn: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._returned[fqn, self._calls[fqn]] = output, _versions(output)
+        self._calls[fqn] += 1
+        self._inside -= 1
+
+
+def _cast(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _run_plainly(model: nn.Module, inputs: Inputs, compute_dtype: torch.dtype) -> None:
+    """The forward on fake tensors that have no values, which is quick."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = _fake_state(model, mode, compute_dtype)
+    # Integers stay real: code may decide by them (lengths of targets, positions of images in a text).
+    made = inputs.map(lambda t: _cast(compute_dtype, mode.from_tensor(t)) if t.is_floating_point() else t)
+    # The fake mode is not active around the forward: constants that the model makes stay real.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        functional_call(model, fakes, made.args, made.kwargs)
+
+
+def _run_with_values(
+    model: nn.Module, inputs: Inputs, compute_dtype: torch.dtype, target: Target, watch: _Watch
+) -> None:
+    cast = inputs.map(partial(_cast, compute_dtype))
+    batch = next(iter(inputs.tensors().values())).shape[0]
+    precision = "bf16" if compute_dtype is torch.bfloat16 else "fp32"
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._parameters, module._buffers)
+    ]
+    saved = [dict(table) for table in tables]
+    try:
+        with watch.on(model):
+            forward_with_values(FakeModel(model, precision), target, cast, batch)
+    except BufferRead:  # built again with buffers that have values
+        with same_draws(), parameters_on_meta():
+            own = target.build("cpu").train()
+        if compute_dtype is torch.float64:
+            own = own.to(compute_dtype)
+        watch.restart()
+        with watch.on(own):
+            forward_with_values(FakeModel(own, precision), target, cast, batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
+        for table, before in zip(tables, saved, strict=True):
+            table.clear()
+            table.update(before)
 
 
-def describe(output: Any) -> UnitOutput:
-    """The structure of `output` with its tensors replaced by their descriptions."""
+def describe(output: Any, versions: Sequence[int]) -> UnitOutput:
+    """The structure of `output` with its tensors replaced by descriptions; `versions` they had as it was returned."""
     leaves, structure = tree_flatten(output)
-    described = (Leaf(tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else x for x in leaves)
-    return UnitOutput(structure, tuple(described))
+    before = iter(versions)
+
+    def described(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return Leaf(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, leaf._version != next(before))
+
+    return UnitOutput(structure, tuple(map(described, leaves)))
+
+
+def _versions(output: Any) -> list[int]:
+    return [leaf._version for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def _fake_state(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> dict[str, torch.Tensor]:

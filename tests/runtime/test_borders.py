@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numeric import check_gradients, run_plan
+from numeric import check_gradients, run_plan, target_of
 from plans import write_plan
 from tpplan.errors import ModelError, PlanFileError
 from tpplan.planner.inputs import Inputs
@@ -92,10 +92,31 @@ def test_a_parameter_count_of_another_model_is_refused(plan: Plan) -> None:
         check_plan_fits(_build(plan), Plan.model_validate(data))
 
 
-def test_a_failing_forward_is_the_models_error() -> None:
+def test_a_failing_forward_is_the_models_error(plan: Plan) -> None:
     model = torch.nn.Linear(3, 3, device="meta")
     with pytest.raises(ModelError, match="failed on fake tensors"):
-        record_unit_outputs(model, [], Inputs(args=(torch.zeros(2, 5),)), torch.float32)
+        record_unit_outputs(model, [], Inputs(args=(torch.zeros(2, 5),)), torch.float32, target_of(plan))
+
+
+def test_units_are_recorded_where_code_looks_at_data_and_writes_in_place(plan: Plan) -> None:
+    class Picky(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.first(x)
+            rows = hidden.isfinite().all(-1).nonzero()[:, 0]
+            hidden += x
+            return self.second(hidden[rows])
+
+    model = Picky().to("meta")
+    before = dict(model.named_parameters())
+    inputs = Inputs(args=(torch.ones(2, 4),))
+    outputs = record_unit_outputs(model, ["first", "second"], inputs, torch.float32, target_of(plan))
+    assert outputs["first", 0].leaves == (Leaf((2, 4), torch.float32, True, written=True),)
+    assert outputs["second", 0].leaves == (Leaf((2, 4), torch.float32, True),)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 def test_wires_travel_as_floats_and_come_back_as_they_were() -> None:
