@@ -48,7 +48,7 @@ _TIMM = (
     _timm("timm_mobilevit_s", "mobilevit_s", {}, 64, seq=256),
     _timm("timm_beitv2_base", "beitv2_base_patch16_224", _TINY_VIT),
     _timm("timm_nfnet_f0", "nfnet_f0", {"name": "nfnet_l0"}, 64, seq=192),
-    _timm("timm_coatnet_0", "coatnet_0_rw_224", {}, 64),
+    _timm("timm_coatnet_0", "coatnet_0_rw_224", {"img_size": 64}, 64),
     _timm(
         "timm_efficientformer_l1", "efficientformer_l1", {"depths": (1, 1, 2, 4), "embed_dims": (16, 32, 32, 64)}, 224
     ),
