@@ -21,7 +21,7 @@ _BACKWARDS = frozenset(f"{base}_backward" for base in POINTWISE) | {"log_sigmoid
 
 def is_elementwise(operator: Any) -> bool:
     """Whether every element of the result needs only the elements at its place."""
-    name = str(operator).split(".")[1]
+    name = _name(operator).removesuffix("_")
     return name in POINTWISE or name in _BACKWARDS
 
 
@@ -29,7 +29,8 @@ def run_split(operator: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`operator` on this rank's parts; None if no operand is split along one dimension of the result."""
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     first = next((t for t in tensors if split_dim(t) is not None), None)
-    if not isinstance(first, DTensor):
+    in_place = _name(operator).endswith("_")
+    if not isinstance(first, DTensor) or (in_place and first is not args[0]):
         return None
     mesh, from_end = first.device_mesh, first.ndim - (split_dim(first) or 0)
     rank = max(t.ndim for t in tensors)
@@ -42,7 +43,11 @@ def run_split(operator: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return tensor if whole else tensor.chunk(mesh.size(), dim)[mesh.get_local_rank()]
 
     output = operator(*tree_map_only(torch.Tensor, part, args), **tree_map_only(torch.Tensor, part, kwargs))
-    if str(operator).split(".")[1].endswith("_"):
+    if in_place:
         return args[0]
     place = Shard(rank - from_end)
     return tree_map_only(torch.Tensor, lambda t: DTensor.from_local(t, mesh, [place], run_check=False), output)
+
+
+def _name(operator: Any) -> str:
+    return str(operator).split(".")[1]

@@ -29,7 +29,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -45,6 +44,7 @@ from .local_region import runs_locally, use_local_region, use_local_regions
 from .packed import PackedOutput
 from .packed_products import note_packed_weight
 from .placements import sum_gradient, sum_unmarked, wrap_activation
+from .split_loss import loss_on_split_classes
 from .whole_operators import whole_operands_run_locally
 
 _REPLICATE = ModuleStyle(style="replicate")
@@ -120,7 +120,7 @@ def step_context(section: TensorParallelSection) -> Iterator[None]:
         stack.enter_context(interposed())
         stack.enter_context(whole_operands_run_locally())
         if section.loss_parallel:
-            stack.enter_context(loss_parallel())
+            stack.enter_context(loss_on_split_classes())
         yield
 
 
