@@ -39,7 +39,10 @@ def run_split(operator: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         dim = tensor.ndim - from_end
         whole = dim < 0 or tensor.shape[dim] == 1  # broadcast along the split
         if isinstance(tensor, DTensor):
-            return tensor.redistribute(placements=[Replicate() if whole else Shard(dim)])._local_tensor
+            wanted = Replicate() if whole else Shard(dim)
+            if tensor.placements != (wanted,):  # redistribute runs operators of its own
+                tensor = tensor.redistribute(placements=[wanted])
+            return tensor._local_tensor
         return tensor if whole else tensor.chunk(mesh.size(), dim)[mesh.get_local_rank()]
 
     output = operator(*tree_map_only(torch.Tensor, part, args), **tree_map_only(torch.Tensor, part, kwargs))
