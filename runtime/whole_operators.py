@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ..errors import ModelError, PlanFileError
 from .compat import dtensor_dispatcher, tree_flatten, tree_map_only, tree_unflatten
+from .placements import unwrap_activation
 from .split_operators import is_elementwise, run_split
 
 _METHOD = "_propagate_op_sharding_dispatch_slow_path"
@@ -85,6 +86,11 @@ def run_whole(operator: Callable[..., Any], args: Any, kwargs: Any, error: Excep
         If an operand is split; `error` says why DTensor could not carry it.
     """
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, DTensor)]
+    if operator is torch.ops.aten.index_put.default:  # of an index's backward: small, and gathered
+        args, kwargs = tree_map_only(DTensor, unwrap_activation, (args, kwargs))
+        return tree_map_only(
+            torch.Tensor, lambda tensor: _wrap(tensor, tensors[0].device_mesh), operator(*args, **kwargs)
+        )
     split = next((t for t in tensors if any(not p.is_replicate() for p in t.placements)), None)
     cause = error
     while cause is not None:  # an error of ours, from a hook or the user's own kind, is no gap of DTensor
