@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ModelError
 from .affine import NotAffine, NotLinear, fit, merge
 from .budget import Limits, TimeLoop
+from .caches import forget_cached
 from .chain import ReplayInexact, output_leaf, sources
 from .construct import parameters_on_meta
 from .fake_run import NEEDS_DATA
@@ -126,6 +127,7 @@ def _traced(target: Target, model: nn.Module, sequence_length: int, precision: s
     parameters = describe_parameters(model)
     tied = tied_parameters(model)
     fake = FakeModel(model, precision)
+    forget_cached(model)
 
     def at(length: int, limits: Limits) -> ModelGraph:
         fake.limits = limits
@@ -143,6 +145,8 @@ def _traced(target: Target, model: nn.Module, sequence_length: int, precision: s
         return at(sequence_length, Limits(bounded=not full))
     except TimeLoop as loop:
         return trace_loops(at, sequence_length, tuple(grids(model)), loop.fqn)
+    finally:
+        forget_cached(model)
 
 
 def _trace(

@@ -29,6 +29,7 @@ TORCH_ALLOWED_ELSEWHERE = {
         "attention",
         "borders",
         "chance",
+        "caches",
         "construct",
         "diffusers_models",
         "fake_run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tpplan.errors import ModelError
 from tpplan.planner.graph import ModelGraph
 from tpplan.planner.target import load_target
@@ -163,3 +164,28 @@ def example_inputs(batch, seq):
 """
     with pytest.raises(ModelError, match="1,073,741,824 elements"):
         traced(tmp_path, text)
+
+
+def test_a_cached_function_of_the_model_keeps_no_fake_tensor(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("""
+import functools
+import torch
+from torch import nn
+@functools.lru_cache(maxsize=8)
+def table(n):
+    return torch.arange(n) + torch.zeros(n)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+    def forward(self, x):
+        return (self.a(x) * table(8)).mean()
+def example_inputs(batch, seq):
+    return torch.randn(batch, 8)
+""")
+    target = load_target(str(path), precision="fp32")
+    trace(target, sequence_length=8, precision="fp32")
+    real = target.build("cpu")(torch.ones(2, 8))
+    assert type(real.detach()) is torch.Tensor
+    assert torch.isfinite(real)
