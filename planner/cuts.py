@@ -16,7 +16,8 @@ _CHANCE = ("dropout", "bernoulli", "rand", "multinomial", "normal_", "uniform_",
 def mark_replicated(rec: Recording, spans: list[Span]) -> set[int]:
     """Mark units computed from the model's inputs and constants alone, and return the tensors every stage has.
 
-    Every stage runs such units, and all glue: so what glue computes from the inputs alone needs no wire.
+    Every stage runs such units, and all glue: so what glue computes from the inputs alone needs no wire. Glue before
+    a unit does not decide: a unit that hands a constant on must answer with it in every stage.
     """
     everywhere = {t.id for t in rec.tensors if t.kind == "input"}
     everywhere |= {t.id for t in rec.tensors if t.kind == "constant" and t.id not in rec.produced}
@@ -31,11 +32,11 @@ def mark_replicated(rec: Recording, spans: list[Span]) -> set[int]:
                 local.update(op.outputs)
                 if op.index in span.glue:
                     everywhere.update(op.outputs)
-            else:
+            elif op.index not in span.glue:
                 plain = False
         if plain and span.position < len(spans) - 1:
             span.replicated = True
-            everywhere.update(span.outputs)
+            everywhere.update(t for t in span.outputs if t in local)
     return everywhere
 
 
