@@ -1,4 +1,4 @@
-"""`F.linear` with a packed weight that is no linear module's own call: `F.linear(x, self.qkv.weight, bias)`.
+"""Products with a packed weight that is no linear module's own: `F.linear(x, self.qkv.weight, bias)`, `x @ w.t()`.
 
 The result waits to be cut into its segments, as that of a packed linear module (see packed.py).
 """
@@ -37,6 +37,29 @@ def linear_of_packed_rows(input: torch.Tensor, weight: torch.Tensor, bias: torch
     sizes = _sizes_of(weight)
     if sizes is None or not isinstance(weight, DTensor):
         return torch_linear(input, weight, bias)
+    return _packed_product(input, weight, bias, sizes)
+
+
+def matmul_of_packed_rows(input: Any, other: Any) -> Any:
+    """``input @ weight.t()`` with a noted weight gives a `PackedOutput`; None for other operands."""
+    sizes = segments_behind(other) if isinstance(other, DTensor) and split_dim(other) == 1 else None
+    return None if sizes is None else _packed_product(input, other.t(), None, sizes)
+
+
+def segments_behind(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The segments of the noted weight that `tensor` is or views; None if it is another's."""
+    if not _sizes or not isinstance(tensor, DTensor):
+        return None
+    storage = tensor._local_tensor.untyped_storage().data_ptr()
+    for module, names in _sizes.items():
+        for name, sizes in names.items():
+            weight = module._parameters.get(name)
+            if isinstance(weight, DTensor) and weight._local_tensor.untyped_storage().data_ptr() == storage:
+                return sizes
+    return None
+
+
+def _packed_product(input: torch.Tensor, weight: DTensor, bias: torch.Tensor | None, sizes: tuple[int, ...]) -> Any:
     mesh, own = weight.device_mesh, bias
     if isinstance(bias, DTensor) and split_dim(bias) == 0:
         own = bias.to_local()  # packed alike

@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from .packed_products import matmul_of_packed_rows
+
 torch_matmul = torch.matmul
 torch_einsum = torch.einsum
 
 
 def matmul_on_local_batches(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`torch.matmul`; operands split along one batch dimension give a result split along it."""
+    packed = matmul_of_packed_rows(input, other)
+    if packed is not None:
+        return packed
     rank = max(input.ndim, other.ndim)
     dims = [_split_dim(t) for t in (input, other)]
     places = {d + rank - t.ndim for d, t in zip(dims, (input, other), strict=True) if d is not None}

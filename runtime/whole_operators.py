@@ -20,11 +20,18 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ..errors import ModelError, PlanFileError
 from .compat import dtensor_dispatcher, tree_flatten, tree_map_only, tree_unflatten
+from .packed_products import segments_behind
 from .placements import unwrap_activation
 from .split_operators import is_elementwise, run_split
 
 _METHOD = "_propagate_op_sharding_dispatch_slow_path"
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+)
 _TAIL = "_dispatch_fast_path_python_tail"
 _LOCAL_METHOD = "_dispatch_get_local_results_slow_path"
 
@@ -36,6 +43,11 @@ def whole_operands_run_locally() -> Iterator[None]:
     propagate, run_local = getattr(dispatcher, _METHOD), getattr(dispatcher, _LOCAL_METHOD)
 
     def with_fallback(operator: Any, args: Any, kwargs: Any, *rest: Any) -> Any:
+        if operator in _PRODUCTS and any(segments_behind(t) for t in tree_flatten(args)[0]):
+            raise ModelError(
+                f"{operator} multiplies with a weight that tensor parallelism has packed.",
+                "Use F.linear(x, weight) or x @ weight.t(), or plan again with --fix tp=1.",
+            )
         try:
             return propagate(operator, args, kwargs, *rest)
         except (NotImplementedError, RuntimeError) as error:

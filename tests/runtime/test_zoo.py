@@ -51,3 +51,38 @@ def test_runs_like_one_process(name: str, layout: str, tmp_path: Path, pool) -> 
     result = execute(spec, arguments, member.inputs, member.small_seq, LAYOUTS[layout], pool)
     assert result["equal"], result["trace"] or result
     assert layout == "pp2" or result["sharded_share"] >= 0.5
+
+
+PACKED_BY_HAND = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(96, 32) * 0.1)
+        self.out = nn.Linear(32, 32)
+    def forward(self, x):
+        q, k, v = (x @ self.qkv.t()).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+def example_inputs(batch, seq):
+    return {"x": torch.randn(batch, seq, 32)}
+"""
+
+
+def test_a_fused_weight_multiplied_by_hand_is_cut_right(tmp_path: Path, pool) -> None:
+    path = tmp_path / "by_hand.py"
+    path.write_text(PACKED_BY_HAND)
+    result = execute(str(path), {}, (), 8, {"tp": 2}, pool)
+    assert result["equal"], result["trace"] or result
+    assert result["sharded_share"] > 0.7
