@@ -56,6 +56,9 @@ def mark_cuts(rec: Recording, spans: list[Span], everywhere: set[int]) -> None:
     returned = {t for span in spans for call in span.calls for t in _own_outputs(rec, span, call)}
     returned |= {t for span in spans for call in span.done for t in rec.calls[call].outputs}
     made_of = _made_of(rec, spans, everywhere, returned)
+    for t in _looked_at(rec, spans):
+        for source in made_of.get(t, ()):
+            last_use[source] = len(spans)
     live: set[int] = set()
     for span in spans[:-1]:
         live |= {t for t in span.outputs if t not in everywhere}
@@ -80,6 +83,17 @@ def _made_of(rec: Recording, spans: Sequence[Span], everywhere: set[int], return
                 sources = {s for t in op.inputs if t not in everywhere for s in found[t]}
                 if not written & {rec.tensors[s].storage for s in sources}:
                     found.update((t, sources) for t in op.outputs if t not in found)
+    return found
+
+
+def _looked_at(rec: Recording, spans: Sequence[Span]) -> set[int]:
+    """What glue reads to make numbers for Python alone (is there a mask?): every later stage asks the same."""
+    used = {t for op in rec.ops if not op.dead for t in op.inputs} | {t for c in rec.calls for t in c.outputs}
+    glue = [op for span in spans[:-1] for op in span.ops if op.index in span.glue]
+    found: set[int] = set()
+    for op in reversed(glue):
+        if not any(t in used and t not in found for t in op.outputs):
+            found.update(op.inputs)
     return found
 
 
