@@ -108,7 +108,7 @@ def learned_mask_attention(
         key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
     factor = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
     scores = torch.matmul(query * factor, key.transpose(-2, -1) * factor) + attn_mask
-    weights = torch._safe_softmax(scores, -1)
+    weights = torch._safe_softmax(scores, -1)  # pyright: ignore[reportPrivateImportUsage]
     if dropout_p:
         weights = dropout(weights, dropout_p)
     return torch.matmul(weights, value).to(dtype)

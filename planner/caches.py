@@ -23,7 +23,8 @@ def forget_cached(model: nn.Module) -> None:
 
 def _caches(module: Any) -> Iterator[Any]:
     for value in list(vars(module).values()) if module is not None else ():
-        inside = vars(value).values() if isinstance(value, type) and value.__module__ == module.__name__ else ()
+        own_class = isinstance(value, type) and value.__module__ == vars(module)["__name__"]
+        inside = vars(value).values() if own_class else ()
         for found in (value, *inside):
             if isinstance(found, functools._lru_cache_wrapper):
                 yield found

@@ -20,7 +20,7 @@ def _fake(a: Any, b: Any, offs: Any) -> Any:
 
 
 _library.impl("_grouped_mm", _fake, "Meta")
-_library.impl("_grouped_mm", lambda a, b, offs: torch._grouped_mm(a, b, offs=offs), "CPU")
+_library.impl("_grouped_mm", lambda a, b, offs: torch.nn.functional.grouped_mm(a, b, offs=offs), "CPU")
 
 
 class _Grouped(torch.autograd.Function):

@@ -146,8 +146,8 @@ def _pad(
 
 _FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     **{getattr(torch, mode): lambda *args, mode=mode: _run(mode, args) for mode in GATES},
-    torch._C._VariableFunctions._pack_padded_sequence: _pack,
-    torch._C._VariableFunctions._pad_packed_sequence: _pad,
+    torch._C._VariableFunctions._pack_padded_sequence: _pack,  # pyright: ignore[reportAttributeAccessIssue]
+    torch._C._VariableFunctions._pad_packed_sequence: _pad,  # pyright: ignore[reportAttributeAccessIssue]
 }
 
 

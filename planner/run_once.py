@@ -110,7 +110,7 @@ class Steady(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if falls_apart(query, attn_mask):
+        if attn_mask is not None and falls_apart(query, attn_mask):
             return learned_mask_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         if dropout_p:
             self._leave_out_dropout()

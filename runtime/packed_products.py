@@ -6,7 +6,7 @@ The result waits to be cut into its segments, as that of a packed linear module 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,7 +43,7 @@ def linear_of_packed_rows(input: torch.Tensor, weight: torch.Tensor, bias: torch
 def matmul_of_packed_rows(input: Any, other: Any) -> Any:
     """``input @ weight.t()`` with a noted weight gives a `PackedOutput`; None for other operands."""
     sizes = segments_behind(other) if isinstance(other, DTensor) and split_dim(other) == 1 else None
-    return None if sizes is None else _packed_product(input, other.t(), None, sizes)
+    return None if sizes is None else _packed_product(input, cast(DTensor, other.t()), None, sizes)
 
 
 def segments_behind(tensor: torch.Tensor) -> tuple[int, ...] | None:
