@@ -189,16 +189,27 @@ def _lists(members: Sequence[Result]) -> Iterator[str]:
             yield f"- {m['name']}: {m['why_not_executed']}"
 
 
+def _environments(results: Mapping[str, Any]) -> Iterator[str]:
+    """Which members ran where, and on which tree."""
+    for tree, where in results["environments"].items():
+        names = [name for name, m in results["members"].items() if m["tree"] == tree]
+        if names:
+            listed = f": {', '.join(sorted(names))}" if len(names) < len(results["members"]) / 2 else ""
+            yield (
+                f"- {len(names)} members on {where['date']}, torch {where['torch']}, transformers"
+                f" {where['transformers']}, Python {where['python']}, {where['cpus']} CPU cores, tree {tree}{listed}."
+            )
+
+
 def document(results: Mapping[str, Any]) -> str:
     """docs/zoo.md."""
-    where = results["environment"]
     members = [results["members"][m.name] for m in MEMBERS if m.name in results["members"]]
     lines = [
         "# The zoo: architectures that tpplan traces, plans and runs",
         "",
-        f"Written by `benchmarks/zoo/report.py` from a run of `benchmarks/zoo/run.py` on {where['date']}: torch"
-        f" {where['torch']}, transformers {where['transformers']}, Python {where['python']}, {where['cpus']} CPU cores,"
-        f" tree {where['tree']}.",
+        "Written by `benchmarks/zoo/report.py` from runs of `benchmarks/zoo/run.py`:",
+        "",
+        *_environments(results),
         "",
         *_summary(members),
         "",

@@ -115,7 +115,9 @@ def main() -> None:
     given = parser.parse_args()
     members = [by_name(name) for name in given.names] or list(MEMBERS)
     where = environment()
-    known = json.loads(given.out.read_text())["members"] if given.out.exists() else {}
+    before = json.loads(given.out.read_text()) if given.out.exists() else {"environments": {}, "members": {}}
+    known = before["members"]
+    environments = {**before["environments"], where["tree"]: where}
     if not given.again:
         members = [m for m in members if known.get(m.name, {}).get("tree") != where["tree"]]
     lock, started = threading.Lock(), time.monotonic()
@@ -127,7 +129,7 @@ def main() -> None:
         with lock:
             known[member.name] = result
             temporary = given.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"environment": where, "members": known}, indent=1, default=str))
+            temporary.write_text(json.dumps({"environments": environments, "members": known}, indent=1, default=str))
             temporary.replace(given.out)
             runs = [
                 f"{k}: {'equal' if r['equal'] else r['error'] or 'differs'}" for k, r in result.get("runs", {}).items()
