@@ -158,11 +158,15 @@ def _summary(members: Sequence[Result]) -> Iterator[str]:
 def _lists(members: Sequence[Result]) -> Iterator[str]:
     """What is not as it should be, member by member."""
     yield "## Opaque parts\n"
-    parts = [(m["name"], p) for m in members for p in m.get("trace", {}).get("opaque", [])]
-    for name, part in parts:
-        where = part["fqn"] or "the model itself"
-        yield f"- {name}, `{where}` ({part['flops_share']:.1%} of the FLOPs): {part['reason']}"
-    if not parts:
+    alike: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for m in members:
+        for part in m.get("trace", {}).get("opaque", []):
+            alike.setdefault((m["name"], part["reason"]), []).append(part)
+    for (name, reason), parts in alike.items():
+        where = parts[0]["fqn"] or "the model itself"
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        yield f"- {name}, `{where}`{more} ({sum(p['flops_share'] for p in parts):.1%} of the FLOPs): {reason}"
+    if not alike:
         yield "None."
     yield "\n## Parameters that no operator reads\n"
     for m in members:

@@ -192,7 +192,7 @@ MEMBERS: tuple[Member, ...] = (
     _seq2seq(
         "switch_transformers",
         "SwitchTransformersForConditionalGeneration",
-        {"num_experts": 4, "expert_capacity": 16},
+        {"num_experts": 4, "expert_capacity": 16, "router_jitter_noise": 0.0},
         config={"decoder_start_token_id": 0},
     ),
     _seq2seq(
