@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tpplan.planner.attention import falls_apart, learned_mask_attention, stays_whole, whole_attention
 from tpplan.planner.rnn import stand_in_for
 from tpplan.planner.stand_in import FakeModel, RealModel
@@ -76,6 +77,10 @@ class _Formulas(TorchFunctionMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:  # its attention is out of sight of function modes
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound.arguments["dropout_p"] = 0.0
+            args, kwargs = bound.args, bound.kwargs
         if func in (F.grouped_mm, torch._grouped_mm):
             return self._grouped(*args, **kwargs)
         if getattr(func, "__name__", "") in _RECURRENT and isinstance(args[0], torch.Tensor):
@@ -136,6 +141,21 @@ def _convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any, out_shape:
     return per_element * math.prod(x if transposed else grad) * (int(mask[0]) + int(mask[1]))
 
 
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_MISSING = {
+    aten.convolution_backward: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
 def count(target: Target, batch: int, seq: int, precision: str, real: bool = False) -> Oracle:
     """Run the whole model, no layer replayed, under torch's counter.
 
@@ -153,7 +173,7 @@ def count(target: Target, batch: int, seq: int, precision: str, real: bool = Fal
         _forget_cached()
         torch.manual_seed(0)
     fake = (RealModel if real else FakeModel)(target.build("cpu" if real else "meta").train(), precision)
-    counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _convolution_backward})
+    counter = FlopCounterMode(display=False, custom_mapping=_MISSING)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inputs = target.example_inputs(fake.model, batch, seq).map(fake.input)
