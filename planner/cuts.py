@@ -34,9 +34,10 @@ def mark_replicated(rec: Recording, spans: list[Span]) -> set[int]:
                     everywhere.update(op.outputs)
             elif op.index not in span.glue:
                 plain = False
-        if plain and span.position < len(spans) - 1:
+        known = [t for t in span.outputs if t in local]
+        if plain and known and span.position < len(spans) - 1:
             span.replicated = True
-            everywhere.update(t for t in span.outputs if t in local)
+            everywhere.update(known)
     return everywhere
 
 
@@ -88,7 +89,8 @@ def _made_of(rec: Recording, spans: Sequence[Span], everywhere: set[int], return
 
 def _looked_at(rec: Recording, spans: Sequence[Span]) -> set[int]:
     """What glue reads to make numbers for Python alone (is there a mask?): every later stage asks the same."""
-    used = {t for op in rec.ops if not op.dead for t in op.inputs} | {t for c in rec.calls for t in c.outputs}
+    used = {t for op in rec.ops if not op.dead for t in op.inputs}
+    used |= {t for call in rec.calls for t in (*call.inputs, *call.outputs)}  # a replayed layer has no operators
     glue = [op for span in spans[:-1] for op in span.ops if op.index in span.glue]
     found: set[int] = set()
     for op in reversed(glue):
