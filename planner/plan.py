@@ -13,7 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ..errors import PlanFileError
 
@@ -72,8 +80,15 @@ class HardwareSection(_Section):
     file: str | None = None
 
 
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
 class MeshSection(_Section):
-    """Degrees of the device mesh."""
+    """Degrees of the device mesh, and which ranks lie next to each other.
+
+    `order` names the axes outermost first: consecutive ranks differ along the last one. So the last axes are those
+    whose groups lie inside a node.
+    """
 
     pipeline_parallel_degree: int = Field(default=1, ge=1)
     data_parallel_replicate_degree: int = Field(default=1, ge=1)
@@ -81,6 +96,13 @@ class MeshSection(_Section):
     context_parallel_degree: int = Field(default=1, ge=1)
     expert_parallel_degree: int = Field(default=1, ge=1)
     tensor_parallel_degree: int = Field(default=1, ge=1)
+    order: list[Literal["pp", "dp_replicate", "dp_shard", "cp", "tp"]] = Field(default_factory=lambda: [*AXES])
+
+    @model_validator(mode="after")
+    def _every_axis_once(self) -> MeshSection:
+        if sorted(self.order) != sorted(AXES):
+            raise ValueError(f"order must name each of {', '.join(AXES)} once")
+        return self
 
     @property
     def world_size(self) -> int:
@@ -111,6 +133,9 @@ class BatchSection(_Section):
 class ScheduleSection(_Section):
     """Pipeline schedule and gradient synchronisation.
 
+    `virtual_stages` chunks a rank (interleaved 1F1B); stage i of the plan runs on rank i modulo the pipeline degree.
+    `runnable` is False where the runtime does not execute the schedule.
+
     `gradient_sync`: "every" reduces gradients after each microbatch, "last" only after the last one.
     """
 
@@ -135,7 +160,9 @@ class StageSection(_Section):
 
     `modules` are FQNs of units owned by this stage; `replicated_modules` are parameter-free units that every
     stage runs by itself. `recompute` maps the FQN of each unit that is not "none" to selective or full.
-    `fsdp_units` are the FQNs wrapped one by one by fully_shard (the stage's remainder is wrapped as its root).
+    `fsdp_units` are the FQNs wrapped one by one by fully_shard (the stage's remainder is wrapped as its root);
+    `kept_gathered` are those of them that keep their gathered weights from forward to backward (ZeRO-2), where the
+    plan's `sharding.reshard_after_forward` lets the others go (ZeRO-3).
     `receives` / `sends` name the tensors that cross its borders as "fqn:call:leaf".
     """
 
@@ -145,12 +172,16 @@ class StageSection(_Section):
     replicated_modules: list[str] = Field(default_factory=list)
     recompute: dict[str, Literal["selective", "full"]] = Field(default_factory=dict)
     fsdp_units: list[str] = Field(default_factory=list)
+    kept_gathered: list[str] = Field(default_factory=list)
     receives: list[str] = Field(default_factory=list)
     sends: list[str] = Field(default_factory=list)
 
 
 class ShardingSection(_Section):
-    """ZeRO / FSDP2 level: 3 = reshard after forward, 2 = keep gathered until backward."""
+    """ZeRO / FSDP2 level: 3 = reshard after forward, 2 = keep gathered until backward.
+
+    With 3, single units may still keep their weights (`StageSection.kept_gathered`).
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 3
     reshard_after_forward: bool = True
@@ -189,12 +220,15 @@ class TensorParallelSection(_Section):
     """Styles by module FQN; modules not named are replicated over tp.
 
     `attention` lists modules that call attention on sharded heads; `loss_parallel` keeps logits sharded over
-    the vocabulary through the cross-entropy.
+    the vocabulary through the cross-entropy. `sequence_parallel` splits the stream between row and col layers along
+    its tokens: `sequence_modules` are those that then run on 1/tp of them.
     """
 
     styles: dict[str, ModuleStyle] = Field(default_factory=dict)
     attention: list[str] = Field(default_factory=list)
     loss_parallel: bool = False
+    sequence_parallel: bool = False
+    sequence_modules: list[str] = Field(default_factory=list)
 
 
 class ParameterPlacement(_Section):

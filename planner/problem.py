@@ -14,6 +14,9 @@ class Choice:
     """One way to run one layer under a given mesh. Times are per microbatch unless they say "once".
 
     name : none | selective | full (recomputation)
+    zero_stage : 3 lets gathered weights go after forward, 2 keeps them until backward
+    sharding : "tp" as the model's tensor-parallel layout says, "replicate" whole on every tp rank
+    weight_s : the part of backward_s that only makes gradients of weights (what zero-bubble schedules move)
     forward_s, backward_s : exposed time on the stage's critical stream (compute, exposed tp and dp
         communication, recomputation in backward)
     first_forward_extra_s : once a step, added to the stage's first forward (exposed parameter gather)
@@ -33,6 +36,9 @@ class Choice:
     static_bytes: int = 0
     saved_bytes: int = 0
     transient_bytes: int = 0
+    weight_s: float = 0.0
+    zero_stage: int = 3
+    sharding: str = "tp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +61,14 @@ class Layer:
 class Problem:
     """Minimise the simulated step time over stage boundaries and per-layer choices.
 
-    stages : pp, number of pipeline stages (>= 1)
+    stages : pp, ranks of the pipeline (>= 1)
+    virtual : v, chunks a rank; chunk c of pp x v runs on rank c mod pp (1 but for interleaved)
     microbatches : M, microbatches per step and replica
-    schedule : "1f1b" (with one stage: plain accumulation) or "gpipe"
-    memory_bytes : limit per stage for static + in-flight saved + transient + stage_fixed_bytes
-    stage_fixed_bytes : bytes on every stage whatever it holds (context, NCCL, reserve)
+    schedule : "1f1b" (with one stage: plain accumulation), "gpipe", "interleaved" or "zb"
+    memory_bytes : limit per rank for static + in-flight saved + transient + stage_fixed_bytes
+    stage_fixed_bytes : bytes on every rank whatever it holds (context, NCCL, reserve)
     step_fixed_s : seconds added once to every step (gradient-norm all-reduce, host)
+    ends : where each chunk ends, if that is given (interleaved); None leaves the boundaries open
     """
 
     layers: tuple[Layer, ...]
@@ -70,11 +78,18 @@ class Problem:
     memory_bytes: int
     stage_fixed_bytes: int = 0
     step_fixed_s: float = 0.0
+    virtual: int = 1
+    ends: tuple[int, ...] | None = None
+
+    @property
+    def chunks(self) -> int:
+        """pp x v, pieces that the layers are cut into."""
+        return self.stages * self.virtual
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A solution: `boundaries[s]` is the position after the last layer of stage s (the last equals the number
+    """A solution: `boundaries[c]` is the position after the last layer of chunk c (the last equals the number
     of layers); `choices[i]` the index of the choice of layer i."""
 
     boundaries: tuple[int, ...]

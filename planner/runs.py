@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from .problem import Choice, Layer, Problem
 
@@ -62,7 +62,7 @@ def undominated(choices: tuple[Choice, ...]) -> tuple[int, ...]:
     >>> undominated((Choice("a", 1.0, 1.0, saved_bytes=5), Choice("b", 1.0, 2.0, saved_bytes=5)))
     (0,)
     """
-    numbers = [astuple(choice)[1:] for choice in choices]
+    numbers = [_numbers(choice) for choice in choices]
     return tuple(
         i
         for i, mine in enumerate(numbers)
@@ -72,3 +72,10 @@ def undominated(choices: tuple[Choice, ...]) -> tuple[int, ...]:
             if j != i
         )
     )
+
+
+def _numbers(c: Choice) -> tuple[float, ...]:
+    """All that a choice costs; the backward's two parts stand apart, since some schedules move one of them."""
+    times = (c.forward_s, c.backward_s - c.weight_s, c.weight_s)
+    once = (c.first_forward_extra_s, c.last_backward_extra_s, c.tail_s)
+    return (*times, *once, c.static_bytes, c.saved_bytes, c.transient_bytes)
