@@ -9,9 +9,9 @@ from .assemble import mesh_section
 from .choices import CostModel
 from .evaluate import Evaluation, evaluate
 from .mesh import Mesh
+from .pins import RECOMPUTE
 from .plan import Baseline
 from .problem import Assignment, Problem
-from .request import RECOMPUTE
 
 
 def uniform_assignment(problem: Problem, recompute: str) -> Assignment | None:

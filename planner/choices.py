@@ -28,8 +28,9 @@ from ..hardware_profiles.catalog import Profile
 from ..units import DTYPE_BYTES
 from .graph import ModelGraph
 from .mesh import Mesh
+from .pins import RECOMPUTE
 from .problem import Choice, Layer, Problem
-from .request import RECOMPUTE, Request
+from .request import Request
 from .sharding import Sharding
 from .unit_costs import KernelClock, UnitMemory, UnitTimes, unit_memory, unit_times
 from .unit_facts import unit_facts
@@ -191,6 +192,7 @@ class CostModel:
             self._groups[key] = []
             for position, facts in enumerate(self.facts):
                 own = (facts.kind, facts.may_recompute, facts.own_group, self._buffer_bytes[position], position == 0)
+                own += self.request.pins.layer_key(self.graph.units[position].fqn)
                 group = first.setdefault((own, self.neighbourhood(position, mesh)), position)
                 self._groups[key].append(group)
         return self._groups[key]
@@ -215,8 +217,8 @@ class CostModel:
         gradients = 0 if self.gradients_stay(mesh) else 4 * ceil_div(p.trainable, dp.dp_shard)
         choices, parts = [], []
         for mode in RECOMPUTE if self.facts[position].may_recompute else ("none",):
-            pinned = self.request.pins.get("recompute")
-            if pinned is not None and mode != pinned and self.facts[position].may_recompute:
+            fqn, may = self.graph.units[position].fqn, self.facts[position].may_recompute
+            if may and not self.request.pins.allows_layer(fqn, recompute=mode):
                 continue
             again = {"none": 0.0, "selective": times.again_selective_s, "full": times.again_full_s}[mode]
             again_tp = times.tp_forward_s if mode == "full" else 0.0

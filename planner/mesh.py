@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .request import SCHEDULES, Request
+from .pins import Pins
+from .request import Request
 
 MICROBATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -82,7 +83,8 @@ def enumerate_meshes(request: Request, tp_degrees: Iterable[int], max_stages: in
     the global batch, and a pipeline at least as many microbatches as stages.
     """
     pins = request.pins
-    schedules = (str(pins.get("schedule", SCHEDULES[0])),)
+    schedules = tuple(name for name in pins.schedules() if name in ("1f1b", "gpipe"))
+    schedules = schedules if pins.of("schedule") else schedules[:1]
     node = min(request.gpus, request.gpus_per_node)
     found = []
     for tp in sorted(set(tp_degrees)):
@@ -95,9 +97,7 @@ def enumerate_meshes(request: Request, tp_degrees: Iterable[int], max_stages: in
             if request.global_batch % dp:
                 continue
             per_replica = request.global_batch // dp
-            sizes = set(MICROBATCH_SIZES)
-            if isinstance(pins.get("microbatch_size"), int):
-                sizes = {int(pins["microbatch_size"])}
+            sizes = pins.microbatch_sizes(MICROBATCH_SIZES)
             for size in sorted(s for s in sizes if per_replica % s == 0):
                 microbatches = per_replica // size
                 if microbatches < pp:
@@ -121,17 +121,13 @@ def enumerate_meshes(request: Request, tp_degrees: Iterable[int], max_stages: in
     return sorted(mesh for mesh in found if satisfies(mesh, pins))
 
 
-def satisfies(mesh: Mesh, pins: Mapping[str, int | str]) -> bool:
-    """Whether a mesh has every pinned degree.
+def satisfies(mesh: Mesh, pins: Pins) -> bool:
+    """Whether a mesh is allowed by the pins.
 
     `recompute` is pinned inside the problem; a schedule has no meaning with one stage, a ZeRO stage none without
     sharding.
     """
-    for axis, value in pins.items():
-        if axis == "recompute" or (axis == "schedule" and mesh.pp == 1):
-            continue
-        if axis == "zero_stage" and mesh.dp_shard == 1:
-            continue
-        if getattr(mesh, axis) != value:
-            return False
-    return True
+    axes = ["tp", "pp", "dp", "dp_replicate", "dp_shard", "microbatch_size", "microbatches", "gradient_sync"]
+    axes += ["schedule"] if mesh.pp > 1 else []
+    axes += ["zero_stage"] if mesh.dp_shard > 1 else []
+    return all(pins.allows(axis, getattr(mesh, axis)) for axis in axes)

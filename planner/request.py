@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import UsageError
-
-PIN_AXES = ("tp", "pp", "dp_replicate", "dp_shard", "microbatch_size", "recompute", "schedule", "zero_stage")
-RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("1f1b", "gpipe")
+from .pins import NO_PINS, Pins
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +16,7 @@ class Request:
     sequence_length : tokens a sample (the side of an image)
     global_batch : samples a step
     memory_limit_bytes : what one device may hold, everything included
-    pins : axis -> value that the plan must have (values as typed: ints or names)
+    pins : what the plan must and must not have
     gap : stop when (objective - bound) / objective is at most this
     """
 
@@ -31,7 +27,7 @@ class Request:
     precision: str
     optimizer: str
     memory_limit_bytes: int
-    pins: Mapping[str, int | str] = field(default_factory=dict)
+    pins: Pins = NO_PINS
     gap: float = 0.005
     time_limit_s: float | None = None
 
@@ -57,30 +53,3 @@ class Request:
             raise UsageError(f"--seq-len is {self.sequence_length}.", "Give --seq-len 1 or more.")
         if self.memory_limit_bytes <= 0:
             raise UsageError("--memory-limit must be above 0 GiB.", "Give the GiB of one GPU, for example 80.")
-
-
-def parse_pins(values: tuple[str, ...]) -> dict[str, int | str]:
-    """`--fix AXIS=VALUE` texts as a mapping.
-
-    >>> parse_pins(("tp=8", "recompute=full"))
-    {'tp': 8, 'recompute': 'full'}
-    """
-    pins: dict[str, int | str] = {}
-    for text in values:
-        axis, equals, value = text.partition("=")
-        axis = axis.strip().replace("-", "_")
-        value = value.strip()
-        if not equals or axis not in PIN_AXES:
-            raise UsageError(f"--fix {text}: no such axis.", f"Axes: {', '.join(PIN_AXES)}; for example --fix tp=8.")
-        if axis in pins:
-            raise UsageError(f"--fix {axis} is given twice.", "Give each axis once.")
-        if axis in ("recompute", "schedule"):
-            allowed = RECOMPUTE if axis == "recompute" else SCHEDULES
-            if value not in allowed:
-                raise UsageError(f"--fix {text}: no such {axis}.", f"Values: {', '.join(allowed)}.")
-            pins[axis] = value
-            continue
-        if not value.isdigit() or (int(value) < 1 and axis != "zero_stage"):
-            raise UsageError(f"--fix {text}: {axis} takes a whole number of 1 or more.", "For example --fix tp=8.")
-        pins[axis] = int(value)
-    return pins

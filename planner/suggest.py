@@ -17,8 +17,9 @@ from .choices import CostModel
 from .graph import ModelGraph
 from .local_gpus import local_gpu_names
 from .mesh import Mesh, enumerate_meshes
+from .pins import parse_pins
 from .plan import Plan, SolverSection
-from .request import Request, parse_pins
+from .request import Request
 from .search import Candidate, SearchResult, search
 from .sharding import Sharding, analyse
 
@@ -99,7 +100,7 @@ def suggest_in_detail(
     """
     say = say or (lambda name, text: None)
     clock = _Clock()
-    pins = parse_pins(tuple(fix))
+    pins = parse_pins(fix)
     profile, why = choose_profile(hardware)
     if gpus < 1:
         raise UsageError(f"--gpus is {gpus}; a plan needs at least one GPU.", "Give --gpus 1 or more.")
@@ -209,23 +210,22 @@ def meshes_of(model: CostModel, request: Request) -> list[Mesh]:
     if meshes:
         return meshes
     pins = request.pins
-    tp = pins.get("tp")
+    tp = pins.fixed("tp")
     if isinstance(tp, int) and tp not in legal:
         reasons = "; ".join(model.sharding.reasons) or "its heads and widths do not divide"
         raise InfeasibleError(
             f"tp={tp} is not possible for {model.graph.name} on {request.gpus} GPUs: {reasons}.",
             f"Allowed: {', '.join(map(str, legal))}.",
         )
-    pp = pins.get("pp")
+    pp = pins.fixed("pp")
     if isinstance(pp, int) and pp > stages:
         raise InfeasibleError(
             f"pp={pp} needs {pp} stages; {model.graph.name} can be cut into {stages}.",
             f"Use --fix pp={stages} or less.",
         )
     if pins:
-        named = " ".join(f"{axis}={value}" for axis, value in pins.items())
         raise InfeasibleError(
-            f"No mesh of {request.gpus} GPUs and a global batch of {request.global_batch} satisfies {named}.",
+            f"No mesh of {request.gpus} GPUs and a global batch of {request.global_batch} satisfies {pins.text()}.",
             "GPUs = tp x pp x dp_replicate x dp_shard, and dp x microbatch_size must divide the batch: drop a pin.",
         )
     nearest = request.gpus * max(1, round(request.global_batch / request.gpus))

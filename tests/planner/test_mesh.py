@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tpplan.errors import UsageError
 from tpplan.planner.mesh import MICROBATCH_SIZES, enumerate_meshes
-from tpplan.planner.request import Request, parse_pins
+from tpplan.planner.pins import parse_pins
+from tpplan.planner.request import Request
 
 
 def request(gpus: int = 16, global_batch: int = 256, **kw) -> Request:
@@ -51,13 +52,13 @@ def test_no_mesh_is_missing_or_twice() -> None:
 
 
 def test_pins_hold() -> None:
-    found = enumerate_meshes(request(16, 256, pins=parse_pins(("tp=2", "pp=4", "microbatch_size=16"))), [1, 2, 4], 8)
+    found = enumerate_meshes(request(16, 256, pins=parse_pins(["tp=2", "pp=4", "microbatch_size=16"])), [1, 2, 4], 8)
     assert found
     assert {(m.tp, m.pp, m.microbatch_size) for m in found} == {(2, 4, 16)}
 
 
 def test_an_unusual_microbatch_size_can_be_pinned() -> None:
-    found = enumerate_meshes(request(2, 12, pins={"microbatch_size": 3}), [1], 4)
+    found = enumerate_meshes(request(2, 12, pins=parse_pins(["microbatch_size=3"])), [1], 4)
     assert {m.microbatch_size for m in found} == {3}
 
 
