@@ -185,7 +185,7 @@ def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluatio
             static = model.static_parts(position, mesh)
             for name in ("parameters", "gradients", "optimizer", "gathered", "buffers"):
                 parts[name] = parts.get(name, 0) + getattr(static, name)
-        parts["activations"] = memory.in_flight * (memory.saved_bytes + memory.cut_bytes)
+        parts["activations"] = memory.kept_bytes
         parts["transient"] = memory.transient_bytes
         assert sum(parts.values()) == memory.total_bytes
         result.append({**parts, "reserve": model.reserve_bytes(memory.total_bytes), **fixed})

@@ -5,37 +5,38 @@ The planner's objective, `predicted` in a plan and the cost of a user's own layo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..costmodels.schedules import StageTimes, Timeline, simulate
+from ..costmodels.schedules import StageTimes, Timeline, in_flight_vectors, simulate
 from .problem import Assignment, Problem
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Bytes of one stage: static + in_flight x (saved + cut) + transient + fixed.
+    """Bytes of one pipeline rank: static + kept + transient + fixed.
 
-    `saved_bytes` and `cut_bytes` (received activations) are per in-flight microbatch; `transient_bytes` is
-    the largest of the stage's layers.
+    `kept_bytes` are what microbatches in flight keep in all of the rank's chunks (saved for backward, and received
+    activations), at the worst moment of the schedule; `transient_bytes` is the largest of the rank's layers.
     """
 
     static_bytes: int
-    saved_bytes: int
-    cut_bytes: int
-    in_flight: int
+    kept_bytes: int
     transient_bytes: int
     fixed_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """The sum that is judged against the limit."""
-        kept = self.in_flight * (self.saved_bytes + self.cut_bytes)
-        return self.static_bytes + kept + self.transient_bytes + self.fixed_bytes
+        return self.static_bytes + self.kept_bytes + self.transient_bytes + self.fixed_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The cost of one assignment: `step_time_s`, `stage_bytes` [B], and where they come from."""
+    """The cost of one assignment: `step_time_s`, bytes of each pipeline rank, and where they come from.
+
+    `stage_bytes` and `memory` have one entry a rank, `stages` one a chunk.
+    """
 
     step_time_s: float
     stage_bytes: tuple[int, ...]
@@ -46,12 +47,12 @@ class Evaluation:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage stays within the memory limit."""
+        """Whether every rank stays within the memory limit."""
         return max(self.stage_bytes) <= self.memory_bytes
 
     @property
     def shortfall(self) -> tuple[int, int]:
-        """Bytes above the limit on the worst stage (0 if it fits), and that stage."""
+        """Bytes above the limit on the worst rank (0 if it fits), and that rank."""
         worst = max(self.stage_bytes)
         return max(0, worst - self.memory_bytes), self.stage_bytes.index(worst)
 
@@ -80,9 +81,11 @@ def evaluate(problem: Problem, assignment: Assignment) -> Evaluation:
     (30.0, (32, 26))
     """
     _check(problem, assignment)
-    stages = tuple(_stage_times(problem, assignment, s) for s in range(problem.stages))
-    timeline = simulate(problem.schedule, stages, problem.microbatches, problem.step_fixed_s)
-    memory = tuple(_stage_memory(problem, assignment, s, x) for s, x in enumerate(timeline.in_flight))
+    pp, m, v = problem.stages, problem.microbatches, problem.virtual
+    stages = tuple(_chunk_times(problem, assignment, c) for c in range(problem.chunks))
+    timeline = simulate(problem.schedule, stages, m, problem.step_fixed_s, v)
+    vectors = in_flight_vectors(problem.schedule, pp, m, v)
+    memory = tuple(_rank_memory(problem, assignment, s, vectors[s]) for s in range(pp))
     return Evaluation(
         step_time_s=timeline.step_time_s,
         stage_bytes=tuple(m.total_bytes for m in memory),
@@ -94,12 +97,14 @@ def evaluate(problem: Problem, assignment: Assignment) -> Evaluation:
 
 
 def _check(problem: Problem, assignment: Assignment) -> None:
-    """One boundary a stage, rising to the last layer, at legal cuts; one choice a layer."""
+    """One boundary a chunk, rising to the last layer, at legal cuts; one choice a layer."""
     n, boundaries, choices = len(problem.layers), assignment.boundaries, assignment.choices
-    if len(boundaries) != problem.stages or len(choices) != n or boundaries[-1] != n:
+    if len(boundaries) != problem.chunks or len(choices) != n or boundaries[-1] != n:
         raise ValueError(f"{len(boundaries)} boundaries and {len(choices)} choices do not fit {n} layers")
     if any(b <= a for a, b in zip((0, *boundaries), boundaries, strict=False)):
         raise ValueError(f"boundaries {boundaries} leave a stage empty")
+    if problem.ends is not None and boundaries != problem.ends:
+        raise ValueError(f"boundaries {boundaries} are not the given {problem.ends}")
     illegal = [b for b in boundaries[:-1] if not problem.layers[b - 1].cut_after]
     if illegal:
         raise ValueError(f"no stage may end after layer {illegal[0] - 1}")
@@ -108,33 +113,43 @@ def _check(problem: Problem, assignment: Assignment) -> None:
             raise ValueError(f"choice {choice} of a layer with {len(layer.choices)} choices")
 
 
-def _span(assignment: Assignment, stage: int) -> range:
-    """Positions of the layers of `stage`."""
-    return range(assignment.boundaries[stage - 1] if stage else 0, assignment.boundaries[stage])
+def _span(assignment: Assignment, chunk: int) -> range:
+    """Positions of the layers of `chunk`."""
+    return range(assignment.boundaries[chunk - 1] if chunk else 0, assignment.boundaries[chunk])
 
 
-def _stage_times(problem: Problem, assignment: Assignment, stage: int) -> StageTimes:
-    """Seconds of one stage, layers added in order so that the sum is the same float everywhere."""
-    forward = backward = first = last = tail = 0.0
-    for i in _span(assignment, stage):
+def _chunk_times(problem: Problem, assignment: Assignment, chunk: int) -> StageTimes:
+    """Seconds of one chunk, layers added in order so that the sum is the same float everywhere."""
+    forward = backward = first = last = tail = weight = 0.0
+    for i in _span(assignment, chunk):
         choice = problem.layers[i].choices[assignment.choices[i]]
         forward += choice.forward_s
         backward += choice.backward_s
         first += choice.first_forward_extra_s
         last += choice.last_backward_extra_s
         tail += choice.tail_s
-    send = problem.layers[assignment.boundaries[stage] - 1].send_s if stage + 1 < problem.stages else 0.0
-    return StageTimes(forward, backward, first, last, tail, send)
+        weight += choice.weight_s
+    ends = chunk + 1 == problem.chunks
+    send = 0.0 if ends else problem.layers[assignment.boundaries[chunk] - 1].send_s
+    return StageTimes(forward, backward, first, last, tail, send, weight)
 
 
-def _stage_memory(problem: Problem, assignment: Assignment, stage: int, in_flight: int) -> StageMemory:
-    """Bytes of one stage with `in_flight` microbatches."""
-    chosen = [problem.layers[i].choices[assignment.choices[i]] for i in _span(assignment, stage)]
+def _rank_memory(
+    problem: Problem, assignment: Assignment, rank: int, vectors: Sequence[tuple[int, ...]]
+) -> StageMemory:
+    """Bytes of one rank; `vectors` are the largest counts of microbatches in flight in its chunks."""
+    chunks = range(rank, problem.chunks, problem.stages)
+    static = transient = 0
+    kept = []
+    for c in chunks:
+        chosen = [problem.layers[i].choices[assignment.choices[i]] for i in _span(assignment, c)]
+        static += sum(choice.static_bytes for choice in chosen)
+        received = problem.layers[assignment.boundaries[c - 1] - 1].cut_bytes if c else 0
+        kept.append(sum(choice.saved_bytes for choice in chosen) + received)
+        transient = max(transient, *(choice.transient_bytes for choice in chosen))
     return StageMemory(
-        static_bytes=sum(choice.static_bytes for choice in chosen),
-        saved_bytes=sum(choice.saved_bytes for choice in chosen),
-        cut_bytes=problem.layers[assignment.boundaries[stage - 1] - 1].cut_bytes if stage else 0,
-        in_flight=in_flight,
-        transient_bytes=max(choice.transient_bytes for choice in chosen),
+        static_bytes=static,
+        kept_bytes=max(sum(x * size for x, size in zip(vector, kept, strict=True)) for vector in vectors),
+        transient_bytes=transient,
         fixed_bytes=problem.stage_fixed_bytes,
     )
