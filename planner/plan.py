@@ -197,7 +197,7 @@ class ModuleStyle(_Section):
     with raw projections on a part of the heads), region (the module's own code on plain local tensors: inputs
     whole, output summed), replicate.
     output: placement of the module's output as the rest of the model sees it: "shard" (last dimension; channels
-    of convolutions and norms) or "replicate".
+    of convolutions and norms), "replicate", or "sequence" (dimension 1, the tokens of the stream).
     parameters: for parameters, heads and region: the dimension that tp divides, by name relative to the module;
     packed: the sizes of their segments where a dimension holds several (fused) parts; shared: parameters that a
     region adds to its partial sums, of which each rank adds 1/tp.
@@ -205,7 +205,7 @@ class ModuleStyle(_Section):
 
     style: Literal["col", "row", "vocab", "packed", "channel", "parameters", "heads", "region", "replicate"]
     sizes: list[int] = Field(default_factory=list)
-    output: Literal["shard", "replicate"] = "replicate"
+    output: Literal["shard", "replicate", "sequence"] = "replicate"
     parameters: dict[str, int] = Field(default_factory=dict)
     packed: dict[str, list[int]] = Field(default_factory=dict)
     shared: list[str] = Field(default_factory=list)
@@ -221,7 +221,8 @@ class TensorParallelSection(_Section):
 
     `attention` lists modules that call attention on sharded heads; `loss_parallel` keeps logits sharded over
     the vocabulary through the cross-entropy. `sequence_parallel` splits the stream between row and col layers along
-    its tokens: `sequence_modules` are those that then run on 1/tp of them.
+    its tokens: `sequence_modules` are those that then run on 1/tp of them, and what the units `sequence_ends` return
+    is gathered again.
     """
 
     styles: dict[str, ModuleStyle] = Field(default_factory=dict)
@@ -229,6 +230,7 @@ class TensorParallelSection(_Section):
     loss_parallel: bool = False
     sequence_parallel: bool = False
     sequence_modules: list[str] = Field(default_factory=list)
+    sequence_ends: list[str] = Field(default_factory=list)
 
 
 class ParameterPlacement(_Section):

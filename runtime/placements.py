@@ -62,11 +62,15 @@ def sum_unmarked(tensor: Any) -> Any:
     return _summed(tensor) if wanted and getattr(tensor, _SUMMED, None) is None else tensor
 
 
+def mark_summed(tensor: DTensor) -> DTensor:
+    """`tensor`, noted to be behind what sums its gradient over tp."""
+    setattr(tensor, _SUMMED, True)
+    return tensor
+
+
 def _summed(tensor: DTensor) -> DTensor:
     local = tensor.to_local()
-    summed = DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False)
-    setattr(summed, _SUMMED, True)
-    return summed
+    return mark_summed(DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False))
 
 
 def to_each_rank(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

@@ -6,7 +6,7 @@ styled modules fix the placements at their borders:
     style    weight     input         output
     col      Shard(0)   Replicate     Shard(-1), or gathered to Replicate
     packed   Shard(0)   Replicate     PackedOutput (see packed.py)
-    row      Shard(1)   Shard(-1)     Partial, summed to Replicate
+    row      Shard(1)   Shard(-1)     Partial, summed to Replicate (or scattered: sequence.py)
     vocab    Shard(0)   token ids     Partial, summed to Replicate
     channel  Shard(0)   see channels.py (as for col and row on convolutions)
     region   by name    see experts.py
@@ -18,7 +18,7 @@ buffers stay plain tensors; inside `step_context` they count as replicated.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,7 @@ from .local_region import runs_locally, use_local_region, use_local_regions
 from .packed import PackedOutput
 from .packed_products import note_packed_weight
 from .placements import sum_gradient, sum_unmarked, wrap_activation
+from .sequence import gathered, gathered_once, is_stream, scatter_output, split_stream
 from .split_loss import loss_on_split_classes
 from .whole_operators import whole_operands_run_locally
 
@@ -103,7 +104,11 @@ def apply_tensor_parallel(
             _set_borders(module, fqn, style, tp_mesh)
         children = (section.styles.get(f"{fqn}.{name}".lstrip(".")) for name, _ in module.named_children())
         if any(child is not None and child.style in ("col", "packed") for child in children):
-            module.register_forward_pre_hook(_sum_at_the_door, with_kwargs=True)
+            # A module that works on the stream itself leaves the gathering to its projections.
+            place = sum_unmarked if fqn in section.sequence_modules else _gathered_or_summed
+            module.register_forward_pre_hook(partial(_at_the_door, place), with_kwargs=True)
+    if section.sequence_parallel:
+        split_stream(model, section, tp_mesh)
     use_local_regions(model, divided | inside, tp_mesh, units, compiled)
     find_names(model)
 
@@ -199,6 +204,8 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
     module.register_forward_pre_hook(partial(_place_input, mesh, wanted))
     if style.style == "packed":
         module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes), 1))
+    elif style.output == "sequence":
+        module.register_forward_hook(scatter_output)
     elif style.style == "row" or style.output == "replicate":
         module.register_forward_hook(_replicate_output)
 
@@ -206,19 +213,25 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
 def _place_input(mesh: DeviceMesh, wanted: Placement, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     first = cast(DTensor, wrap_activation(args[0], mesh))
     placement = Shard(first.ndim - 1) if wanted.is_shard() else wanted
-    if first.placements != (placement,):
+    if placement.is_replicate() and is_stream(first):
+        first = gathered_once(first)
+    elif first.placements != (placement,):
         first = first.redistribute(placements=[placement])
     elif placement.is_replicate():
         first = sum_gradient(first)
     return (first, *args[1:])
 
 
-def _sum_at_the_door(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Sum the gradients of the inputs of a module that holds projections.
+def _at_the_door(place: Callable[[Any], Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Sum the gradients of the inputs of a module that holds projections; gather a stream that is split.
 
     They may come from outside a compiled region, where the projections inside must not leave a mark on them.
     """
-    return tree_map(sum_unmarked, (args, kwargs))
+    return tree_map(place, (args, kwargs))
+
+
+def _gathered_or_summed(tensor: Any) -> Any:
+    return gathered(tensor) if is_stream(tensor) else sum_unmarked(tensor)
 
 
 def _replicate_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:

@@ -1,0 +1,109 @@
+"""Sequence parallelism: between row and col layers each tp rank has its tokens of the stream only.
+
+The stream (batch, tokens, features) is a DTensor split along its tokens, so that norms, dropouts and residual sums
+run on 1/tp of them. What changes its placement:
+
+    where                                 forward            backward
+    into the stream's first modules       slice              all-gather
+    into a module that holds col layers   all-gather         reduce-scatter
+    out of a row layer                    reduce-scatter     all-gather
+    out of the stream's last unit         all-gather         slice
+
+Weights that the stream's modules read stay whole; each rank has the part of their gradient that its tokens give,
+and `fully_shard` sums these over tp when it reduces them over data parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..planner.plan import TensorParallelSection
+from .compat import tree_map_only
+from .placements import mark_summed
+
+TOKENS = 1  # dimension of the stream (batch, tokens, features)
+_STREAM_RANK = 3
+# Attribute of a split activation: itself gathered, for the next projection that reads it.
+_GATHERED = "_tpplan_gathered"
+
+
+def split_stream(model: nn.Module, section: TensorParallelSection, mesh: DeviceMesh) -> None:
+    """Hook where the stream of `model` is split along its tokens, and where it is whole again.
+
+    Modules of other pipeline stages (absent) are passed over.
+
+    Parameters
+    ----------
+    section : TensorParallelSection
+        `sequence_modules` work on 1/tp of the tokens, what `sequence_ends` return is gathered.
+    mesh : DeviceMesh
+        The one-dimensional tp mesh.
+    """
+    inside = frozenset(section.sequence_modules)
+    for fqn, module in model.named_modules():
+        if fqn in inside and not _around(fqn) & inside:
+            module.register_forward_pre_hook(partial(_enter, mesh), with_kwargs=True)
+        if fqn in section.sequence_ends:
+            module.register_forward_hook(_leave)
+
+
+def is_stream(tensor: Any) -> bool:
+    """Whether a tensor is a stream split along its tokens."""
+    return isinstance(tensor, DTensor) and tensor.ndim == _STREAM_RANK and tensor.placements == (Shard(TOKENS),)
+
+
+def gathered(tensor: Any) -> Any:
+    """A split stream whole, for projections; anything else as it is.
+
+    The gradients of all that read it are summed and scattered in one step.
+    """
+    if not is_stream(tensor):
+        return tensor
+    return mark_summed(tensor.redistribute(placements=[Replicate()]))
+
+
+def gathered_once(tensor: DTensor) -> DTensor:
+    """`gathered`, once for all the projections that read `tensor`."""
+    known = getattr(tensor, _GATHERED, None)
+    if known is None:
+        known = gathered(tensor)
+        setattr(tensor, _GATHERED, known)
+    return known
+
+
+def scatter_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
+    """Hook of a row layer: its partial sums are added, each rank keeps its tokens."""
+    return output.redistribute(placements=[Shard(TOKENS) if output.ndim == _STREAM_RANK else Replicate()])
+
+
+def _around(fqn: str) -> set[str]:
+    """The modules that `fqn` is in."""
+    parts = fqn.split(".")
+    return {".".join(parts[:n]) for n in range(len(parts))}
+
+
+def _enter(mesh: DeviceMesh, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map_only(torch.Tensor, partial(_split, mesh), (args, kwargs))
+
+
+def _split(mesh: DeviceMesh, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole stream with a gradient split along its tokens; tables, masks and positions stay whole."""
+    whole = isinstance(tensor, DTensor) and tensor.placements == (Replicate(),) and tensor.requires_grad
+    if not whole or tensor.ndim != _STREAM_RANK or tensor.shape[TOKENS] % mesh.size():
+        return tensor
+    return tensor.redistribute(placements=[Shard(TOKENS)])
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map_only(torch.Tensor, _whole, output)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.redistribute(placements=[Replicate()]) if is_stream(tensor) else tensor
