@@ -4,75 +4,134 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 
+from brute_force import Answer, Plans, answer, every_plan, price_one, splits
 from tpplan.planner.evaluate import Evaluation, evaluate
+from tpplan.planner.greedy import fill
 from tpplan.planner.problem import Assignment, Choice, Layer, Problem
 from tpplan.planner.search import Candidate
 
 
 def random_layer(rng: random.Random, kind: int) -> Layer:
-    """A layer with one to three recomputation choices, once-a-step extras, a transfer and cut bytes."""
+    """A layer with one to four choices, once-a-step extras, a transfer and cut bytes.
+
+    The choices are recomputation, gathered weights that stay (less time, more memory), and whole weights on every
+    tp rank (another forward and another transient).
+    """
     f = rng.uniform(0.5, 3)
     b = f * rng.uniform(1.5, 2.2)
+    w = f * rng.uniform(0.5, 1)
     saved, transient = rng.randint(5, 40), rng.randint(0, 20)
     once = [rng.choice([0, rng.uniform(0, 2)]) for _ in range(3)]
     static = rng.randint(1, 30)
-    choices = [Choice("none", f, b, *once, static, saved, transient)]
+    choices = [Choice("none", f, b, *once, static, saved, transient, w)]
     if rng.random() < 0.8:
         peak = transient + rng.randint(-3, 6) if transient > 3 else transient
-        choices.append(Choice("full", f, b + f * rng.uniform(0.8, 1.1), *once, static, rng.randint(1, 5), peak))
+        choices.append(Choice("full", f, b + f * rng.uniform(0.8, 1.1), *once, static, rng.randint(1, 5), peak, w))
     if rng.random() < 0.4:
         again = b + f * rng.uniform(0.1, 0.4)
-        choices.append(Choice("selective", f, again, *once, static, max(1, saved // 2), transient))
+        choices.append(Choice("selective", f, again, *once, static, max(1, saved // 2), transient, w))
+    if rng.random() < 0.25:
+        less = rng.uniform(0.05, 0.2) * f
+        more = static + rng.randint(3, 25)
+        choices.append(Choice("none", f - less, b - less, *once, more, saved, transient, w, zero_stage=2))
+    elif rng.random() < 0.25:
+        times = (f * rng.uniform(0.8, 1.3), b * rng.uniform(0.8, 1.3))
+        sizes = (static + rng.randint(0, 20), saved + rng.randint(-4, 10), transient + rng.randint(0, 6))
+        choices.append(Choice("none", *times, *once, *sizes, w * 0.9, sharding="replicate"))
     return Layer(kind, tuple(choices), True, rng.choice([0, rng.uniform(0, 0.5)]), rng.randint(0, 10))
 
 
-def random_problem(rng: random.Random, max_layers: int = 6) -> Problem:
-    """Three layers or more of mixed kinds on up to three stages, some cuts illegal, memory unlimited."""
+def random_shape(rng: random.Random, schedule: str, layers: int, most: int = 3) -> dict[str, int]:
+    """Stages, microbatches and chunks a rank that the schedule can have with so many layers."""
+    if schedule != "interleaved":
+        return {"stages": rng.choice([1, *range(2, most + 1)] * 2 + [2]), "microbatches": rng.randint(1, 6)}
+    virtual = rng.choice([2, 2, 3] if layers >= 6 else [2])
+    stages = rng.randint(1, max(1, min(most, layers // virtual)))
+    counts = [m for m in range(1, 9) if m % max(1, m // stages) == 0]
+    return {"stages": stages, "microbatches": rng.choice(counts), "virtual": virtual}
+
+
+def with_skips(rng: random.Random, layers: Sequence[Layer]) -> list[Layer]:
+    """Transfers and cut bytes of their own at every position, as skip connections make them."""
+    return [replace(layer, send_s=rng.uniform(0, 1), cut_bytes=rng.randint(0, 25)) for layer in layers]
+
+
+def with_kinds(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers with equal kinds for equal numbers, and one object a kind, as the cost model gives them."""
+    known: dict[Layer, Layer] = {}
+    for layer in layers:
+        known.setdefault(replace(layer, kind=0), replace(layer, kind=len(known)))
+    return tuple(known[replace(layer, kind=0)] for layer in layers)
+
+
+def random_problem(
+    rng: random.Random, max_layers: int = 6, schedules: Sequence[str] = ("1f1b", "gpipe"), most_stages: int = 3
+) -> Problem:
+    """Three layers or more of mixed kinds on up to three stages, some cuts illegal, memory unlimited.
+
+    Interleaved problems have their chunks given, at random legal cuts (none are given where there are too few).
+    """
+    schedule = rng.choice(schedules)
     n = rng.randint(min(3, max_layers), max_layers)
     kinds = [random_layer(rng, kind) for kind in range(rng.randint(1, n))]
     order = [rng.randrange(len(kinds)) for _ in range(n)]
     if rng.random() < 0.6:
         order.sort()
     layers = [replace(kinds[k], cut_after=rng.random() >= 0.15) for k in order]
-    return Problem(
-        tuple(layers),
-        stages=rng.choice([1, 2, 2, 3, 3]),
-        microbatches=rng.randint(1, 6),
-        schedule=rng.choice(["1f1b", "gpipe"]),
+    if rng.random() < 0.4:
+        layers = with_skips(rng, layers)
+    problem = Problem(
+        with_kinds(layers),
+        **random_shape(rng, schedule, n, most_stages),
+        schedule=schedule,
         memory_bytes=10**9,
         stage_fixed_bytes=rng.randint(0, 10),
         step_fixed_s=rng.choice([0, 0.3]),
     )
+    return with_ends(rng, problem) if schedule == "interleaved" else problem
 
 
-def deep_problem(rng: random.Random) -> Problem:
-    """Five to seven layers with two choices each on three to five stages, up to 14 microbatches."""
-    n = rng.randint(5, 7)
+def with_ends(rng: random.Random, problem: Problem) -> Problem:
+    """The problem with its chunks given, at random legal cuts; unchanged where there are too few."""
+    n = len(problem.layers)
+    cuts = [i + 1 for i, layer in enumerate(problem.layers[:-1]) if layer.cut_after]
+    if len(cuts) < problem.chunks - 1:
+        return problem
+    return replace(problem, ends=(*sorted(rng.sample(cuts, problem.chunks - 1)), n))
+
+
+def deep_problem(rng: random.Random, schedules: Sequence[str] = ("1f1b", "1f1b", "gpipe")) -> Problem:
+    """Five to seven layers with two choices each on three to five ranks, up to 14 microbatches."""
+    n, schedule = rng.randint(5, 7), rng.choice(schedules)
     kinds = [random_layer(rng, kind) for kind in range(3)]
     layers = [replace(kinds[rng.randrange(3)], cut_after=rng.random() > 0.05) for _ in range(n)]
-    return Problem(
-        tuple(replace(layer, choices=layer.choices[:2]) for layer in layers),
-        stages=rng.randint(3, 5),
-        microbatches=rng.randint(1, 14),
-        schedule=rng.choice(["1f1b", "1f1b", "gpipe"]),
+    shape = {"stages": rng.randint(3, 5), "microbatches": rng.randint(1, 14)}
+    if schedule == "interleaved":
+        stages = n // 2
+        counts = [m for m in range(1, 15) if m % max(1, m // stages) == 0]
+        shape = {"stages": stages, "microbatches": rng.choice(counts), "virtual": 2}
+    problem = Problem(
+        with_kinds([replace(layer, choices=layer.choices[:2]) for layer in layers]),
+        **shape,
+        schedule=schedule,
         memory_bytes=10**9,
         stage_fixed_bytes=3,
         step_fixed_s=rng.choice([0, 0.3]),
     )
+    return with_ends(rng, problem) if schedule == "interleaved" else problem
 
 
 def every(problem: Problem) -> Iterator[tuple[Assignment, Evaluation]]:
     """All assignments of a problem with their cost, ignoring memory."""
-    n = len(problem.layers)
-    cuts = [i + 1 for i in range(n - 1) if problem.layers[i].cut_after]
     ranges = [range(len(layer.choices)) for layer in problem.layers]
-    for boundaries in itertools.combinations(cuts, problem.stages - 1):
+    for boundaries in splits(problem):
         for choices in itertools.product(*ranges):
-            assignment = Assignment((*boundaries, n), choices)
+            assignment = Assignment(boundaries, choices)
             yield assignment, evaluate(problem, assignment)
 
 
@@ -81,6 +140,53 @@ def random_limit(rng: random.Random, peaks: list[int]) -> int:
     if rng.random() < 0.15:
         return peaks[0] - rng.randint(1, 5)
     return peaks[int(len(peaks) * rng.random() ** 2)] if rng.random() < 0.8 else peaks[-1]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A problem under a memory limit with all its plans, and the answer that brute force gives."""
+
+    problem: Problem
+    plans: list[Plans]
+    answer: Answer
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a plan fits."""
+        return self.answer.optimum_s < inf
+
+    @property
+    def memory_bound(self) -> bool:
+        """Whether a plan fits, but the fastest one does not."""
+        return self.feasible and self.answer.optimum_s > self.answer.unlimited_s * (1 + 1e-9)
+
+    @property
+    def greedy_wrong(self) -> bool:
+        """Whether a plan fits, but layers counted out evenly and filled greedily miss the best one."""
+        return self.feasible and greedy_s(self.problem) > self.answer.optimum_s * (1 + 1e-9)
+
+
+def known(seed: int, schedules: Sequence[str], max_layers: int = 6) -> Known:
+    """The instance of one seed, enumerated; draws without a legal split are drawn again."""
+    rng = random.Random(seed)
+    plans: list[Plans] = []
+    problem = random_problem(rng, max_layers, schedules)
+    while not plans:
+        problem = random_problem(rng, max_layers, schedules) if seed % 10 else deep_problem(rng, schedules)
+        plans = list(every_plan(problem))
+    peaks = sorted(int(peak) for p in plans for peak in p.peak_bytes.max(0))
+    problem = replace(problem, memory_bytes=random_limit(rng, peaks))
+    return Known(problem, plans, answer(problem, plans))
+
+
+def greedy_s(problem: Problem) -> float:
+    """Step time of a planner's baseline [s]: an even split, each layer's choice by seconds per byte; inf if none."""
+    n, chunks = len(problem.layers), problem.chunks
+    even = problem.ends or tuple(round((c + 1) * n / chunks) for c in range(chunks))
+    if even not in splits(problem):
+        return inf
+    assignment = fill(problem, even)
+    return price_one(problem, assignment)[0] if assignment is not None else inf
 
 
 @dataclass(frozen=True)

@@ -3,91 +3,75 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from math import inf
 
 import pytest
-from instances import deep_problem, every, random_limit, random_problem
-from tpplan.costmodels.schedules import SCHEDULES, StageTimes, simulate
+from instances import Known, known
+from tpplan.costmodels.schedules import StageTimes, simulate
 from tpplan.planner.bounds import lb0, memory_floor, mixture
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Choice, Layer, Problem
 from tpplan.planner.relaxation import least_memory, relax
 
-
-def cases(count: int) -> list[tuple[Problem, dict, list[int]]]:
-    """Random problems under random limits, with what every feasible assignment costs and all peaks."""
-    out = []
-    for seed in range(count):
-        rng = random.Random(10_000 + seed)
-        problem = random_problem(rng, 5) if seed % 5 else deep_problem(rng)
-        evaluations = list(every(problem))
-        if not evaluations:
-            continue
-        peaks = sorted(max(e.stage_bytes) for _, e in evaluations)
-        problem = replace(problem, memory_bytes=random_limit(rng, peaks))
-        feasible = {a: e.step_time_s for a, e in evaluations if max(e.stage_bytes) <= problem.memory_bytes}
-        out.append((problem, feasible, peaks))
-    return out
+SCHEDULES = ("1f1b", "gpipe")
 
 
 @pytest.fixture(scope="module")
-def instances() -> list[tuple[Problem, dict, list[int]]]:
-    return cases(250)
+def instances() -> list[Known]:
+    return [known(10_000 + seed, SCHEDULES, 5) for seed in range(250)]
 
 
-def test_no_bound_exceeds_the_optimum_and_lb2_is_close(instances: list) -> None:
+def test_no_bound_exceeds_the_optimum_and_lb2_is_close(instances: list[Known]) -> None:
     ratios = []
-    for problem, feasible, _ in instances:
-        relaxation = relax(problem, chain_arrays(problem.layers))
-        if not feasible:
+    for k in instances:
+        relaxation = relax(k.problem, chain_arrays(k.problem.layers))
+        if not k.feasible:
             continue
-        optimum = min(feasible.values())
-        for bound in (lb0(problem), relaxation.lb1_s, relaxation.lb2_s):
-            assert bound <= optimum
-        ratios.append(relaxation.lb2_s / optimum)
+        for bound in (lb0(k.problem), relaxation.lb1_s, relaxation.lb2_s):
+            assert bound <= k.answer.optimum_s
+        ratios.append(relaxation.lb2_s / k.answer.optimum_s)
     assert len(ratios) > 150
     assert sum(ratios) / len(ratios) > 0.95
 
 
 @pytest.mark.parametrize("looseness", [1.0, 1.1, inf])
-def test_windows_keep_every_assignment_within_the_target(instances: list, looseness: float) -> None:
-    for problem, feasible, _ in instances:
-        if feasible:
-            target = min(feasible.values()) * looseness
-            windows = relax(problem, chain_arrays(problem.layers)).windows(target)
+def test_windows_keep_every_plan_within_the_target(instances: list[Known], looseness: float) -> None:
+    for k in instances:
+        if k.feasible:
+            target = k.answer.optimum_s * looseness
+            windows = relax(k.problem, chain_arrays(k.problem.layers)).windows(target)
             assert windows
-            for assignment, step_s in feasible.items():
-                if step_s <= target:
-                    assert all(lo <= b <= hi for b, (lo, hi) in zip(assignment.boundaries, windows, strict=True))
+            for plans in k.plans:
+                within = plans.step_s[plans.peak_bytes.max(0) <= k.problem.memory_bytes] <= target
+                inside = all(lo <= b <= hi for b, (lo, hi) in zip(plans.boundaries, windows, strict=True))
+                assert inside or not within.any()
 
 
-def test_windows_close_below_the_bound(instances: list) -> None:
-    for problem, feasible, _ in instances:
-        if feasible:
-            relaxation = relax(problem, chain_arrays(problem.layers))
+def test_windows_close_below_the_bound(instances: list[Known]) -> None:
+    for k in instances:
+        if k.feasible:
+            relaxation = relax(k.problem, chain_arrays(k.problem.layers))
             assert relaxation.windows(relaxation.lb2_s * 0.999) == ()
 
 
-def test_infinite_means_infeasible(instances: list) -> None:
+def test_infinite_means_infeasible(instances: list[Known]) -> None:
     seen = 0
-    for problem, feasible, peaks in instances:
-        if relax(problem, chain_arrays(problem.layers)).lb2_s == inf:
-            assert not feasible
+    for k in instances:
+        if relax(k.problem, chain_arrays(k.problem.layers)).lb2_s == inf:
+            assert not k.feasible
             seen += 1
-        assert memory_floor(problem) <= peaks[0]
+        assert memory_floor(k.problem) <= k.answer.least_bytes
     assert seen >= 10
 
 
-def test_least_memory_is_exact(instances: list) -> None:
-    for problem, _, peaks in instances:
-        least, stage = least_memory(problem, chain_arrays(problem.layers))
-        assert least == peaks[0]
-        assert any(
-            e.stage_bytes[stage] == least == max(e.stage_bytes)
-            for _, e in every(problem)
-            if max(e.stage_bytes) == least
+def test_least_memory_is_exact(instances: list[Known]) -> None:
+    for k in instances:
+        least, stage = least_memory(k.problem, chain_arrays(k.problem.layers))
+        assert least == k.answer.least_bytes
+        attained = (
+            ((plans.peak_bytes.max(0) == least) & (plans.peak_bytes[stage] == least)).any() for plans in k.plans
         )
+        assert any(attained)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

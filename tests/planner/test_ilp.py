@@ -4,121 +4,87 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 
 import pytest
+from brute_force import price_one, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instances import deep_problem, every, random_limit, random_problem
+from instances import Known, every, known, random_problem
 from tpplan.planner import solve as solve_module
 from tpplan.planner.engine import ENGINES, Outcome
-from tpplan.planner.evaluate import evaluate
-from tpplan.planner.greedy import fill
-from tpplan.planner.problem import Assignment, Choice, Layer, Problem
+from tpplan.planner.problem import Choice, Layer, Problem, Solution
 from tpplan.planner.runs import fold
-from tpplan.planner.solve import open_windows, solve
+from tpplan.planner.solve import solve
 
-INSTANCES = 300
-
-
-@dataclass(frozen=True)
-class Known:
-    """A problem with the answer that brute force gives: the optimum [s] (inf: infeasible) and the least limit."""
-
-    problem: Problem
-    optimum_s: float
-    unlimited_s: float
-    least_bytes: int
-    feasible: dict[Assignment, float]
-
-
-def known(seed: int, max_layers: int = 6) -> Known:
-    """The instance of one seed, enumerated; seeds whose problem has no legal split are skipped upwards."""
-    rng = random.Random(seed)
-    evaluations: list = []
-    while not evaluations:
-        problem = random_problem(rng, max_layers) if seed % 10 else deep_problem(rng)
-        evaluations = list(every(problem))
-    peaks = sorted(max(e.stage_bytes) for _, e in evaluations)
-    problem = replace(problem, memory_bytes=random_limit(rng, peaks))
-    feasible = {a: e.step_time_s for a, e in evaluations if max(e.stage_bytes) <= problem.memory_bytes}
-    return Known(
-        problem,
-        min(feasible.values(), default=inf),
-        min(e.step_time_s for _, e in evaluations),
-        peaks[0],
-        feasible,
-    )
+INSTANCES = 500
+BY_CBC = 50
+SCHEDULES = ("1f1b", "gpipe")
 
 
 @pytest.fixture(scope="module")
 def instances() -> list[Known]:
-    return [known(seed) for seed in range(INSTANCES)]
+    return [known(seed, SCHEDULES) for seed in range(INSTANCES)]
 
 
-def greedy(problem: Problem) -> float:
-    """Step time of a planner's baseline: layers counted out evenly over the stages, then filled greedily."""
-    n, pp = len(problem.layers), problem.stages
-    even = tuple(round((s + 1) * n / pp) for s in range(pp))
-    if not all(low <= b <= high for b, (low, high) in zip(even, open_windows(problem), strict=True)):
-        return inf
-    if any(not problem.layers[b - 1].cut_after for b in even[:-1]):
-        return inf
-    assignment = fill(problem, even)
-    return evaluate(problem, assignment).step_time_s if assignment is not None else inf
+def check_solution(k: Known, solution: Solution, message: str) -> None:
+    """An exact solution is brute force's optimum, in time and bytes; an infeasible one has the least shortfall."""
+    if not k.feasible:
+        assert solution.status == "infeasible", message
+        assert solution.shortfall_bytes == k.answer.least_bytes - k.problem.memory_bytes, message
+        assert 0 <= solution.shortfall_stage < k.problem.stages, message
+        return
+    assert solution.status == "optimal", message
+    assert solution.assignment is not None, message
+    assert solution.assignment.boundaries in splits(k.problem), message
+    step_s, peaks = price_one(k.problem, solution.assignment)
+    assert max(peaks) <= k.problem.memory_bytes, message
+    assert solution.objective_s == pytest.approx(step_s, rel=1e-12), message
+    assert solution.objective_s == pytest.approx(k.answer.optimum_s, rel=1e-9), message
+    assert solution.lower_bound_s <= k.answer.optimum_s * (1 + 1e-9), message
 
 
 def test_the_instances_are_hard_enough(instances: list[Known]) -> None:
     """At least 30 % memory-bound, 10 % infeasible, and a greedy baseline wrong in 30 % of the feasible ones."""
-    feasible = [k for k in instances if k.optimum_s < inf]
-    bound = sum(k.optimum_s > k.unlimited_s * (1 + 1e-9) for k in feasible)
-    wrong = sum(greedy(k.problem) > k.optimum_s * (1 + 1e-9) for k in feasible)
-    assert bound >= 0.3 * len(instances)
+    feasible = [k for k in instances if k.feasible]
+    assert sum(k.memory_bound for k in instances) >= 0.3 * len(instances)
     assert len(instances) - len(feasible) >= 0.1 * len(instances)
-    assert wrong >= 0.3 * len(feasible)
+    assert sum(k.greedy_wrong for k in feasible) >= 0.3 * len(feasible)
+    for schedule in SCHEDULES:
+        assert sum(k.problem.schedule == schedule for k in instances) >= 0.15 * len(instances)
 
 
 def test_the_optimum_is_that_of_brute_force(instances: list[Known]) -> None:
     for seed, k in enumerate(instances):
         solution = solve(k.problem, gap=0.0)
-        if k.optimum_s == inf:
-            assert solution.status == "infeasible", seed
-            assert solution.shortfall_bytes == k.least_bytes - k.problem.memory_bytes, seed
-            assert 0 <= solution.shortfall_stage < k.problem.stages
-            continue
-        assert solution.status == "optimal", seed
-        assert solution.assignment in k.feasible, seed
-        assert solution.objective_s == k.feasible[solution.assignment], seed
-        assert solution.objective_s == pytest.approx(k.optimum_s, rel=1e-9), seed
-        assert k.optimum_s * (1 - 1e-7) <= solution.lower_bound_s <= k.optimum_s * (1 + 1e-9), seed
+        check_solution(k, solution, f"instance {seed}")
+        if k.feasible:
+            assert k.answer.optimum_s * (1 - 1e-7) <= solution.lower_bound_s
+
+
+def test_cbc_agrees(instances: list[Known]) -> None:
+    for seed, k in enumerate(instances[:BY_CBC]):
+        check_solution(k, solve(k.problem, gap=0.0, engine="cbc"), f"instance {seed}")
 
 
 def test_a_gap_is_kept(instances: list[Known]) -> None:
     for k in instances[:60]:
-        if k.optimum_s < inf:
+        if k.feasible:
             solution = solve(k.problem, gap=0.05)
             assert solution.status == "optimal"
-            assert solution.objective_s * (1 - 0.05) <= solution.lower_bound_s <= k.optimum_s * (1 + 1e-9)
+            assert solution.objective_s * (1 - 0.05) <= solution.lower_bound_s <= k.answer.optimum_s * (1 + 1e-9)
 
 
 def test_a_cut_off_is_proven_or_beaten(instances: list[Known]) -> None:
     for k in instances[:60]:
-        if k.optimum_s < inf:
-            above = solve(k.problem, k.optimum_s * 1.01, gap=0.0)
-            assert above.objective_s == pytest.approx(k.optimum_s, rel=1e-9)
-            below = solve(k.problem, k.optimum_s * 0.999, gap=0.0)
+        if k.feasible:
+            optimum_s = k.answer.optimum_s
+            above = solve(k.problem, optimum_s * 1.01, gap=0.0)
+            assert above.objective_s == pytest.approx(optimum_s, rel=1e-9)
+            below = solve(k.problem, optimum_s * 0.999, gap=0.0)
             assert (below.status, below.assignment) == ("cutoff", None)
-            assert below.lower_bound_s == pytest.approx(k.optimum_s * 0.999)
-
-
-def test_cbc_agrees(instances: list[Known]) -> None:
-    for k in instances[:12]:
-        solution = solve(k.problem, gap=0.0, engine="cbc")
-        if k.optimum_s == inf:
-            assert solution.shortfall_bytes == k.least_bytes - k.problem.memory_bytes
-        else:
-            assert solution.objective_s == pytest.approx(k.optimum_s, rel=1e-9)
+            assert below.lower_bound_s == pytest.approx(optimum_s * 0.999)
 
 
 def test_one_stage_is_a_knapsack() -> None:
@@ -152,7 +118,7 @@ def test_a_time_limit_ends_with_a_true_bound() -> None:
 
 
 def test_a_solver_error_means_rebuild(monkeypatch: pytest.MonkeyPatch, instances: list[Known]) -> None:
-    k = next(k for k in instances if k.optimum_s < inf)
+    k = next(k for k in instances if k.feasible)
     calls = []
 
     def failing(model: object, *, relax: bool = False, **options: object) -> Outcome:
@@ -164,7 +130,7 @@ def test_a_solver_error_means_rebuild(monkeypatch: pytest.MonkeyPatch, instances
     monkeypatch.setitem(solve_module.ENGINES, "failing", failing)
     solution = solve(k.problem, gap=0.0, engine="failing")
     assert len(calls) >= 3
-    assert solution.objective_s == pytest.approx(k.optimum_s, rel=1e-9)
+    assert solution.objective_s == pytest.approx(k.answer.optimum_s, rel=1e-9)
 
 
 def test_a_pick_that_rounding_let_through_is_tightened_away(monkeypatch: pytest.MonkeyPatch) -> None:
