@@ -1,45 +1,45 @@
-"""The integer programme of one problem: stage boundaries and recomputation counts, minimising the step time.
+"""The integer programme of one problem: chunk boundaries and choices of layers, minimising the step time.
 
 Sets
-    s in 0..S-1     pipeline stages
+    c in 0..C-1     chunks of the pipeline, C = pp v; chunk c runs on rank c mod pp (v = 1: the stages)
     r in 0..R-1     runs: n_r adjacent equal layers (`runs.fold`)
-    o in O_r        choices of a layer of run r that no other choice dominates
+    o in O_r        choices of a layer of run r that no other choice dominates (recomputation, ZeRO level, tp or whole)
 
 Given
-    f, v, first, last, tail [r, o]   seconds; static, saved, transient [r, o]   bytes
-    send_r, cut_r                    seconds and bytes of a cut behind a layer of run r
-    x_s                              in-flight microbatches of stage s, from the simulated order
-    cap                              memory limit minus the bytes fixed on every stage
-    P                                critical paths (`CriticalPath`): each one bounds every step from below
-    [lo_s, hi_s]                     windows: boundaries outside are proven to be no better, or impossible
+    f, v, first, last, tail, w [r, o]   seconds; static, saved, transient [r, o]   bytes
+    send_r, cut_r                       seconds and bytes of a cut behind a layer of run r
+    X_s                                 largest vectors x of microbatches in flight in rank s's chunks, from its order
+    cap                                 memory limit minus the bytes fixed on every rank
+    P                                   critical paths (`CriticalPath`): each one bounds every step from below
+    [lo_c, hi_c]                        windows: boundaries outside are proven to be no better, or impossible
 
 Decide
-    q[s, r, o]   integer, layers of run r that stage s holds with choice o
-    c[s, r]      integer, layers of run r in stages 0..s
-    g[s, r]      binary, stages 0..s hold at least one layer of run r (for n_r = 1 it is c[s, r] itself)
-    b[s]         integer, position behind the last layer of stage s
-    y[s, k]      binary, stage s holds a layer whose transient is at least the k-th smallest one
-    F, V, first, last, tail, P [s]   seconds of stage s (V: backward, P: transfer to the next stage)
+    q[c, r, o]   integer, layers of run r that chunk c holds with choice o
+    c[c, r]      integer, layers of run r in chunks 0..c
+    g[c, r]      binary, chunks 0..c hold at least one layer of run r (for n_r = 1 it is c[c, r] itself)
+    b[c]         integer, position behind the last layer of chunk c
+    y[s, k]      binary, rank s holds a layer whose transient is at least the k-th smallest one
+    F, V, first, last, tail, P, W [c]   seconds of chunk c (V: backward, P: transfer to the next; W: "zb" alone)
     T            step time without what is fixed
 
 Objective        minimise T                                                                  `build`
                  (when memory is short: minimise the slack z added to cap, same rows)
 
 Subject to
-    assign       c[s, r] = c[s-1, r] + sum_o q[s, r, o],  c[S-1, r] = n_r                    `assign_rows`
-    position     b[s] = sum_r c[s, r],  b[s] >= b[s-1] + 1,  lo_s <= b[s] <= hi_s            `position_rows`
-    order        c[s, r] <= n_r g[s, r],  n_r g[s, r+1] <= c[s, r]                           `order_rows`
-    cut          l[s, r] := g[s, r] - g[s, r+1] = 1 where stage s ends in run r;
-                 l[s, r] = 0 where no cut is legal                                           `cut_rows`
-    transient    y[s, k] = 1 if stage s holds a transient of t_k or more                     `transient_rows`
-    memory       sum (static + x_s saved) q + x_s sum_r cut_r l[s-1, r]
-                 + sum_k (t_k - t_k-1) y[s, k] <= cap                                        `memory_rows`
-    stage time   F[s] = sum f q, V[s] = sum v q, ..., P[s] = sum_r send_r l[s, r]            `time_rows`
-    path         T >= sum_s of the path's counts times the stage's seconds, for p in P       `path_row`
+    assign       c[c, r] = c[c-1, r] + sum_o q[c, r, o],  c[C-1, r] = n_r                    `assign_rows`
+    position     b[c] = sum_r c[c, r],  b[c] >= b[c-1] + 1,  lo_c <= b[c] <= hi_c            `position_rows`
+    order        c[c, r] <= n_r g[c, r],  n_r g[c, r+1] <= c[c, r]                           `order_rows`
+    cut          l[c, r] := g[c, r] - g[c, r+1] = 1 where chunk c ends in run r;
+                 l[c, r] = 0 where no cut is legal                                           `cut_rows`
+    transient    y[s, k] = 1 if rank s holds a transient of t_k or more                      `transient_rows`
+    memory       sum over chunks c of rank s of sum (static + x_c saved) q + x_c sum_r cut_r l[c-1, r]
+                 + sum_k (t_k - t_k-1) y[s, k] <= cap,  for x in X_s                         `memory_rows`
+    stage time   F[c] = sum f q, V[c] = sum v q, ..., P[c] = sum_r send_r l[c, r]            `time_rows`
+    path         T >= sum_c of the path's counts times the chunk's seconds, for p in P       `path_row`
 
 The paths are added lazily: solve, simulate the pick, add its critical path, until model and simulator agree
 (`solve.solve`). A path counts events of a fixed order, so it is a valid row for all assignments: the
-programme is always a relaxation, and its dual bound a proof.
+programme is always a relaxation, and its dual bound a proof. `write_lp` writes all of it as a text.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from itertools import pairwise
 
 import pulp
 
-from ..costmodels.schedules import CriticalPath, StageTimes, in_flight_microbatches
+from ..costmodels.schedules import CriticalPath, StageTimes, in_flight_vectors
 from .problem import Assignment, Choice, Problem
 from .runs import Run
 
@@ -58,7 +58,12 @@ Terms = dict[pulp.LpVariable, float]
 Row = tuple[str, Terms, int, float]
 
 LE, EQ, GE = pulp.LpConstraintLE, pulp.LpConstraintEQ, pulp.LpConstraintGE
-TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s", "send_s")
+TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s", "send_s", "weight_s")
+
+
+def times_of(problem: Problem) -> tuple[str, ...]:
+    """The seconds that the schedule tells apart: weights' gradients by themselves under "zb" alone."""
+    return TIMES if problem.schedule == "zb" else TIMES[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,10 @@ class Programme:
         """The assignment of the model's present values; layers of a run take its choices in index order."""
         boundaries, choices = [], [-1] * len(self.problem.layers)
         filled = [run.start for run in self.runs]
-        for s in range(self.problem.stages):
+        for c in range(self.problem.chunks):
             for r, run in enumerate(self.runs):
                 for o in run.options:
-                    variable = self.counts.get((s, r, o))
+                    variable = self.counts.get((c, r, o))
                     for _ in range(round(variable.value() or 0) if variable is not None else 0):
                         choices[filled[r]] = o
                         filled[r] += 1
@@ -99,10 +104,11 @@ class Programme:
         return Assignment(tuple(boundaries), tuple(choices))
 
     def stage_times(self) -> tuple[StageTimes, ...]:
-        """Seconds of each stage at the model's present values, fractional ones included."""
+        """Seconds of each chunk at the model's present values, fractional ones included."""
+        names = times_of(self.problem)
         return tuple(
-            StageTimes(*(max(0.0, (self.times[s, name].value() or 0) / self.scale.time) for name in TIMES))
-            for s in range(self.problem.stages)
+            StageTimes(*(max(0.0, (self.times[c, name].value() or 0) / self.scale.time) for name in names))
+            for c in range(self.problem.chunks)
         )
 
 
@@ -135,12 +141,13 @@ def build(
     Parameters
     ----------
     windows : sequence of (lo, hi)
-        For each stage the range of positions at which it may end; the last is (n, n).
+        For each chunk the range of positions at which it may end; the last is (n, n).
     """
     model = pulp.LpProblem("tpplan", pulp.LpMinimize)
     step = model.add_variable("T", lowBound=0)
     variables = _variables(model, runs, windows)
-    times = {(s, name): model.add_variable(f"{name}_{s}", lowBound=0) for s in range(problem.stages) for name in TIMES}
+    names = times_of(problem)
+    times = {(c, name): model.add_variable(f"{name}_{c}", lowBound=0) for c in range(problem.chunks) for name in names}
     short = model.add_variable("shortfall", lowBound=0) if slack else None
     model.setObjective(pulp.LpAffineExpression({short if short is not None else step: 1.0}))
     rows = [
@@ -200,24 +207,24 @@ def _row(name: str, terms: Sequence[tuple[pulp.LpVariable | int, float]], sense:
 
 
 def assign_rows(problem: Problem, runs: tuple[Run, ...], v: _Variables) -> Iterator[Row]:
-    """c[s, r] - c[s-1, r] - sum_o q[s, r, o] = 0; c[S-1, r] = n_r comes with the last window."""
-    for s in range(problem.stages):
+    """c[c, r] - c[c-1, r] - sum_o q[c, r, o] = 0; c[C-1, r] = n_r comes with the last window."""
+    for s in range(problem.chunks):
         for r, run in enumerate(runs):
             taken = [(v.q[s, r, o], -1.0) for o in run.options if (s, r, o) in v.q]
             yield _row(f"assign_{s}_{r}", [(v.c[s, r], 1.0), (v.c.get((s - 1, r), 0), -1.0), *taken], EQ, 0)
 
 
 def position_rows(problem: Problem, runs: tuple[Run, ...], v: _Variables) -> Iterator[Row]:
-    """b[s] = sum_r c[s, r] and b[s] >= b[s-1] + 1."""
-    for s in range(problem.stages):
+    """b[c] = sum_r c[c, r] and b[c] >= b[c-1] + 1."""
+    for s in range(problem.chunks):
         held = [(v.c[s, r], -1.0) for r in range(len(runs))]
         yield _row(f"position_{s}", [(v.b[s], 1.0), *held], EQ, 0)
         yield _row(f"filled_{s}", [(v.b[s], 1.0), (v.b.get(s - 1, 0), -1.0)], GE, 1)
 
 
 def order_rows(problem: Problem, runs: tuple[Run, ...], v: _Variables) -> Iterator[Row]:
-    """c[s, r] <= n_r g[s, r] and n_r g[s, r+1] <= c[s, r]: a run begins when the one before is complete."""
-    for s in range(problem.stages):
+    """c[c, r] <= n_r g[c, r] and n_r g[c, r+1] <= c[c, r]: a run begins when the one before is complete."""
+    for s in range(problem.chunks):
         for r, run in enumerate(runs):
             if run.count > 1:
                 yield _row(f"begun_{s}_{r}", [(v.c[s, r], 1.0), (v.g[s, r], -run.count)], LE, 0)
@@ -233,8 +240,8 @@ def _ends_in(v: _Variables, s: int, r: int, runs: tuple[Run, ...], factor: float
 
 
 def cut_rows(problem: Problem, runs: tuple[Run, ...], v: _Variables) -> Iterator[Row]:
-    """l[s, r] = 0 where no stage may end behind a layer of run r (the last stage ends at the end)."""
-    for s in range(problem.stages - 1):
+    """l[c, r] = 0 where no chunk may end behind a layer of run r (the last chunk ends at the end)."""
+    for s in range(problem.chunks - 1):
         for r, run in enumerate(runs):
             if not run.layer.cut_after:
                 yield _row(f"cut_{s}_{r}", _ends_in(v, s, r, runs, 1.0), EQ, 0)
@@ -248,51 +255,59 @@ def memory_rows(
     scale: Scale,
     short: pulp.LpVariable | None,
 ) -> Iterator[Row]:
-    """sum (static + x_s saved) q + x_s sum_r cut_r l[s-1, r] + transient_s <= cap (+ shortfall)."""
-    in_flight = in_flight_microbatches(problem.schedule, problem.stages, problem.microbatches)
+    """sum (static + x_c saved) q + x_c sum_r cut_r l[c-1, r] + transient_s <= cap (+ shortfall), for x in X_s."""
+    vectors = in_flight_vectors(problem.schedule, problem.stages, problem.microbatches, problem.virtual)
     cap = (problem.memory_bytes - problem.stage_fixed_bytes) * scale.memory
-    for s, x in enumerate(in_flight):
-        terms: list[tuple[pulp.LpVariable | int, float]] = []
-        for r, run in enumerate(runs):
-            for o, choice in _held(v, s, r, run):
-                size = choice.static_bytes + x * choice.saved_bytes
-                terms.append((v.q[s, r, o], size * scale.memory))
-            if s and run.layer.cut_bytes:
-                terms += _ends_in(v, s - 1, r, runs, x * run.layer.cut_bytes * scale.memory)
-        lowest, steps, rows = transient_rows(model, runs, v, s, scale)
+    for s in range(problem.stages):
+        chunks = range(s, problem.chunks, problem.stages)
+        lowest, steps, rows = transient_rows(model, runs, v, s, chunks, scale)
         yield from rows
-        if short is not None:
-            terms.append((short, -1.0))
-        yield _row(f"memory_{s}", [*terms, *steps], LE, cap - lowest)
+        for k, vector in enumerate(vectors[s]):
+            terms: list[tuple[pulp.LpVariable | int, float]] = []
+            for c, x in zip(chunks, vector, strict=True):
+                for r, run in enumerate(runs):
+                    for o, choice in _held(v, c, r, run):
+                        size = choice.static_bytes + x * choice.saved_bytes
+                        terms.append((v.q[c, r, o], size * scale.memory))
+                    if c and run.layer.cut_bytes:
+                        terms += _ends_in(v, c - 1, r, runs, x * run.layer.cut_bytes * scale.memory)
+            if short is not None:
+                terms.append((short, -1.0))
+            yield _row(f"memory_{s}_{k}" if k else f"memory_{s}", [*terms, *steps], LE, cap - lowest)
 
 
-def _held(v: _Variables, s: int, r: int, run: Run) -> Iterator[tuple[int, Choice]]:
-    """The choices of run r that stage s may hold."""
+def _held(v: _Variables, c: int, r: int, run: Run) -> Iterator[tuple[int, Choice]]:
+    """The choices of run r that chunk c may hold."""
     for o in run.options:
-        if (s, r, o) in v.q:
+        if (c, r, o) in v.q:
             yield o, run.layer.choices[o]
 
 
 def transient_rows(
-    model: pulp.LpProblem, runs: tuple[Run, ...], v: _Variables, s: int, scale: Scale
+    model: pulp.LpProblem, runs: tuple[Run, ...], v: _Variables, s: int, chunks: range, scale: Scale
 ) -> tuple[float, list[tuple[pulp.LpVariable, float]], list[Row]]:
-    """The stage's largest transient as lowest + sum_k (t_k - t_k-1) y[s, k].
+    """Rank s's largest transient as lowest + sum_k (t_k - t_k-1) y[s, k].
 
-    The lowest is what layers that the stage surely holds need at least. Returns it, the terms of the sum, and the
-    rows that set y[s, k] = 1 as soon as the stage holds a layer of transient t_k or more: y[s, k] >= y[s, k+1], and
-    for each run and each transient t_k of its own, sum_{o: t_o >= t_k} q[s, r, o] <= n_r y[s, k].
+    The lowest is what layers that the rank surely holds need at least. Returns it, the terms of the sum, and the
+    rows that set y[s, k] = 1 as soon as the rank holds a layer of transient t_k or more: y[s, k] >= y[s, k+1], and
+    for each of its chunks, each run and each transient t_k of its own, sum_{o: t_o >= t_k} q[c, r, o] <= n_r y[s, k].
     """
-    held = {r: [(o, choice.transient_bytes) for o, choice in _held(v, s, r, run)] for r, run in enumerate(runs)}
-    least = {r: min(transient for _, transient in options) for r, options in held.items() if options}
-    lowest = max((least[r] for r in least if v.surely_held(s, runs[r])), default=min(least.values()))
+    held = {
+        (c, r): [(o, choice.transient_bytes) for o, choice in _held(v, c, r, run)]
+        for c in chunks
+        for r, run in enumerate(runs)
+    }
+    least = {at: min(transient for _, transient in options) for at, options in held.items() if options}
+    surely = [least[c, r] for c, r in least if v.surely_held(c, runs[r])]
+    lowest = max(surely, default=min(least.values()))
     levels = sorted({transient for options in held.values() for _, transient in options if transient > lowest})
     y = {level: model.add_variable(f"y_{s}_{level}", 0, 1, pulp.LpInteger) for level in levels}
     terms = [(y[level], (level - below) * scale.memory) for below, level in pairwise([lowest, *levels])]
     rows = [_row(f"nested_{s}_{b}", [(y[a], 1.0), (y[b], -1.0)], GE, 0) for a, b in pairwise(levels)]
-    for r, options in held.items():
+    for (c, r), options in held.items():
         for level in sorted({transient for _, transient in options if transient > lowest}):
-            large = [(v.q[s, r, o], 1.0) for o, transient in options if transient >= level]
-            rows.append(_row(f"transient_{s}_{level}_{r}", [*large, (y[level], -runs[r].count)], LE, 0))
+            large = [(v.q[c, r, o], 1.0) for o, transient in options if transient >= level]
+            rows.append(_row(f"transient_{c}_{level}_{r}", [*large, (y[level], -runs[r].count)], LE, 0))
     return lowest * scale.memory, terms, rows
 
 
@@ -303,27 +318,34 @@ def time_rows(
     times: Mapping[tuple[int, str], pulp.LpVariable],
     scale: Scale,
 ) -> Iterator[Row]:
-    """Each stage's seconds as sums over what it holds, and its transfer by where it ends."""
-    for s in range(problem.stages):
-        for name in TIMES[:-1]:
+    """Each chunk's seconds as sums over what it holds, and its transfer by where it ends."""
+    for s in range(problem.chunks):
+        for name in times_of(problem):
+            if name == "send_s":
+                continue
             terms: list[tuple[pulp.LpVariable | int, float]] = [(times[s, name], 1.0)]
             for r, run in enumerate(runs):
                 for o, choice in _held(v, s, r, run):
                     terms.append((v.q[s, r, o], -getattr(choice, name) * scale.time))
             yield _row(f"{name}_row_{s}", terms, EQ, 0)
         sends: list[tuple[pulp.LpVariable | int, float]] = [(times[s, "send_s"], 1.0)]
-        if s + 1 < problem.stages:
+        if s + 1 < problem.chunks:
             for r, run in enumerate(runs):
                 sends += _ends_in(v, s, r, runs, -run.layer.send_s * scale.time)
         yield _row(f"send_row_{s}", sends, EQ, 0)
 
 
 def path_row(programme: Programme, path: CriticalPath, name: str) -> Row:
-    """T >= the length of one critical path, in the stages' times."""
+    """T >= the length of one critical path, in the chunks' times."""
     terms: Terms = {programme.step: 1.0}
-    counts = (path.forward, path.backward, path.first_forward, path.last_backward, path.tail, path.send)
-    for field, per_stage in zip(TIMES, counts, strict=True):
-        for s, count in enumerate(per_stage):
+    counts = (path.forward, path.backward, path.first_forward, path.last_backward, path.tail, path.send, path.weight)
+    for field, per_chunk in zip(times_of(programme.problem), counts, strict=False):
+        for c, count in enumerate(per_chunk):
             if count:
-                terms[programme.times[s, field]] = -float(count)
+                terms[programme.times[c, field]] = -float(count)
     return name, terms, GE, 0.0
+
+
+def write_lp(programme: Programme, file: str) -> None:
+    """Write the programme as a CPLEX LP file, with the names of this module's rows and variables."""
+    programme.model.writeLP(file)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from ..costmodels.schedules import CriticalPath, StageTimes, simulate
+from ..costmodels.schedules import CriticalPath, StageTimes, Timeline, simulate
 from .engine import ENGINES, Outcome, remaining
 from .evaluate import Evaluation, evaluate
 from .ilp import Programme, Scale, add_row, build, path_row
@@ -50,7 +50,7 @@ def solve(
     time_limit_s : float, optional
         Limit of the whole call [s].
     windows : sequence of (lo, hi), optional
-        For each stage the positions at which it may end; default: all.
+        For each chunk the positions at which it may end; default: all.
     engine : str
         "highs" or "cbc".
 
@@ -80,13 +80,15 @@ def solve(
 
 
 def open_windows(problem: Problem) -> tuple[tuple[int, int], ...]:
-    """For each stage the positions at which it may end, by legal cuts alone; empty if there are too few cuts.
+    """For each chunk the positions at which it may end, by legal cuts or as given; empty if there are too few cuts.
 
     >>> from tpplan.planner.problem import Choice, Layer
     >>> layer = Layer(0, (Choice("none", 1.0, 2.0),))
     >>> open_windows(Problem((layer,) * 5, 3, 4, "1f1b", 1))
     ((1, 3), (2, 4), (5, 5))
     """
+    if problem.ends is not None:
+        return tuple((end, end) for end in problem.ends)
     n, pp = len(problem.layers), problem.stages
     cuts = [i + 1 for i, layer in enumerate(problem.layers[:-1]) if layer.cut_after]
     if len(cuts) < pp - 1:
@@ -109,13 +111,21 @@ def seed_paths(problem: Problem) -> list[CriticalPath]:
 
     Any path is a valid row; these are those of the usual bottlenecks, and save rounds.
     """
-    pp, m = problem.stages, problem.microbatches
     paths = []
     for slow in (1.001, 4.0):
-        for s in range(pp):
-            times = [StageTimes(slow if s == t else 1.0, 2 * slow if s == t else 2.0) for t in range(pp)]
-            paths.append(simulate(problem.schedule, times, m).critical_path)
+        for s in range(problem.chunks) if problem.virtual == 1 else (0, problem.chunks - 1):
+            times = [_one_slow(slow if s == t else 1.0) for t in range(problem.chunks)]
+            paths.append(_simulate(problem, times).critical_path)
     return list(dict.fromkeys(paths))
+
+
+def _one_slow(factor: float) -> StageTimes:
+    """Forward 1, backward 2 (of which 1 for weights), times a factor."""
+    return StageTimes(factor, 2 * factor, weight_s=factor)
+
+
+def _simulate(problem: Problem, times: Sequence[StageTimes]) -> Timeline:
+    return simulate(problem.schedule, times, problem.microbatches, virtual=problem.virtual)
 
 
 @dataclass(slots=True)
@@ -197,7 +207,7 @@ class _Rounds:
             if self.proven():
                 return self.ended()
             times = self.programme.stage_times()
-            timeline = simulate(self.problem.schedule, times, self.problem.microbatches)
+            timeline = _simulate(self.problem, times)
             model_s = (self.programme.step.value() or 0.0) / self.programme.scale.time
             if timeline.step_time_s <= model_s * (1 + 1e-4) or not self.add_path(timeline.critical_path):
                 return None
