@@ -1,0 +1,206 @@
+"""docs/planning.md and its tables from the results of planning.py, planning_scale.py and planning_exhaustive.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from planning_cases.cases import ROOT, Row
+
+PAGE = ROOT / "docs" / "planning.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS = ROOT / "benchmarks" / "planning_cases" / "peers.json"
+SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "zb": "zero-bubble"}
+SHORT = {
+    "tensor_parallel_degree": "tp",
+    "pipeline_parallel_degree": "pp",
+    "data_parallel_replicate_degree": "ddp",
+    "data_parallel_shard_degree": "fsdp",
+}
+
+
+def degrees(mesh: dict[str, Any]) -> str:
+    """A mesh in words: "tp4 x pp8 x fsdp32"."""
+    parts = [f"{short}{mesh[name]}" for name, short in SHORT.items() if mesh[name] > 1]
+    return " x ".join(parts) or "one GPU"
+
+
+def layout(row: dict[str, Any]) -> str:
+    """A plan in words: degrees, microbatches, schedule, ZeRO level, recomputation."""
+    batch, schedule, mesh = row["batch"], row["schedule"], row["mesh"]
+    words = [degrees(mesh) + (", sequence parallel" if row["sequence_parallel"] else "")]
+    words.append(f"{batch['microbatches']} x {batch['microbatch_size']}")
+    if mesh["pipeline_parallel_degree"] > 1:
+        name = schedule["name"]
+        words.append(SCHEDULES.get(name, f"interleaved v={schedule['virtual_stages']}"))
+    if mesh["data_parallel_shard_degree"] > 1:
+        words.append(f"ZeRO-{row['sharding']['zero_stage']}")
+    modes = ", ".join(f"{mode} in {count}" for mode, count in row["recompute"].items())
+    return ", ".join([*words, f"recompute {modes or 'none'}"])
+
+
+def seconds(row: dict[str, Any]) -> list[str]:
+    """Cells: imports, trace, bounds, ILPs, simulation, everything else of the process."""
+    parts = row["solver"].get("seconds", {})
+    named = [parts.get(name) for name in ("imports", "trace", "bounds", "ilp", "simulation")]
+    rest = row["wall_s"] - sum(part for part in named if part is not None)
+    return [*("–" if part is None else f"{part:.1f}" for part in named), f"{rest:.1f}"]
+
+
+def table(results: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Time and gap of each row against what was promised."""
+    lines = [
+        "| case | flags | promised | wall s | of it imports | trace | bounds | ILPs | simulation | rest | processor s "
+        "| gap asked | gap proven | combinations | solved |",
+        "|" + "---|" * 15,
+    ]
+    for row in rows:
+        found = results["rows"].get(row.name)
+        if found is None:
+            continue
+        flags = f"`{' '.join(row.flags)}`" if row.flags else ""
+        head = f"| {row.case.title} | {flags} | {row.promised_s:.0f} s"
+        if "error" in found:
+            lines.append(f"{head} | {found['error'].splitlines()[0]} {'| ' * 11}|")
+            continue
+        solver = found["solver"]
+        late = "" if found["wall_s"] <= row.promised_s else " (late)"
+        short = "" if solver["gap"] <= row.gap * (1 + 1e-9) else " (open)"
+        cells = [f"{found['wall_s']:.1f}{late}", *seconds(found), f"{found['processor_s']:.1f}"]
+        cells += [
+            f"{row.gap:g}",
+            f"{solver['gap']:.1e}{short}",
+            f"{solver['candidates']:,}",
+            str(solver["solved"]),
+        ]
+        lines.append(f"{head} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pruned(results: dict[str, Any], rows: Sequence[Row]) -> str:
+    """How the combinations of each row were dealt with."""
+    chosen = [(row, results["rows"].get(row.name, {})) for row in rows]
+    chosen = [(row, found) for row, found in chosen if "solver" in found]
+    names = list(dict.fromkeys(name for _, found in chosen for name in found["solver"]["pruned"]))
+    lines = [f"| row | combinations | {' | '.join(names)} | solved |", "|" + "---|" * (3 + len(names))]
+    for row, found in chosen:
+        solver = found["solver"]
+        counts = [f"{solver['pruned'].get(name, 0):,}" for name in names]
+        lines.append(f"| {row.name} | {solver['candidates']:,} | {' | '.join(counts)} | {solver['solved']} |")
+    return "\n".join(lines)
+
+
+def gains(results: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The chosen plans against the baselines, as the cost model predicts both."""
+    lines = ["| row | plan | step | MFU | rule of thumb | plain FSDP |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        found = results["rows"].get(row.name, {})
+        if "solver" not in found:
+            continue
+        step = found["step_time_s"]
+        cells = [against(found["baselines"], name, step) for name in ("rule of thumb", "plain FSDP")]
+        lines.append(f"| {row.name} | {layout(found)} | {step:.4g} s | {found['mfu']:.1%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against(baselines: Sequence[dict[str, Any]], name: str, step_s: float) -> str:
+    """A baseline's layout, step, and how much faster the plan is."""
+    for baseline in baselines:
+        if baseline["name"] == name:
+            where = f"{degrees(baseline['mesh'])}, microbatch {baseline['microbatch_size']}"
+            if baseline["step_time_s"] is None:
+                return f"{where}: does not fit"
+            ratio = baseline["step_time_s"] / step_s
+            return f"{where}: {baseline['step_time_s']:.4g} s, plan {ratio:.2f}x as fast"
+    return "the batch does not allow it"
+
+
+def peers() -> str:
+    """Published planning times of other planners, as their authors give them."""
+    lines = ["| planner | what was planned | published time | source |", "|---|---|---|---|"]
+    for peer in json.loads(PEERS.read_text()):
+        lines.append(f"| {peer['planner']} | {peer['what']} | {peer['time']} | {peer['source']} |")
+    return "\n".join(lines)
+
+
+def exhaustive() -> str:
+    """The section on enumeration, empty until it was run."""
+    path = RESULTS / "planning_exhaustive.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    lines = ["| case | combinations | enumeration | search | best step, both | combinations better than the plan |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['title']} | {row['combinations']:,} | {row['enumeration_s']:.0f} s | {row['search_s']:.1f} s "
+            f"| {row['enumeration_step_s']:.6g} s, {row['search_step_s']:.6g} s | {row['better']} |"
+        )
+    return EXHAUSTIVE.format(table="\n".join(lines))
+
+
+EXHAUSTIVE = """
+## Exhaustive enumeration, where it finishes
+
+Written by `benchmarks/planning_exhaustive.py`: every combination solved exactly, without lower bounds, incumbents or
+windows, against the search at `--gap 0`. Processor seconds of one process; the trace is left out of both.
+
+{table}
+"""
+
+TEMPLATE = """# Planning times, gaps and gains
+
+Written by `python benchmarks/planning.py --write` from `benchmarks/results/planning*.json`; do not edit. Measured on
+{date}, {cores} cores of {processor}, Python {python}, torch {torch}, HiGHS {highspy}, PuLP {pulp}.
+
+Each row is one cold process, from `tpplan suggest` to plan.json: interpreter, imports, trace, search. *Promised* is the
+wall time that was set as the goal before anything was built. *Processor s* counts all threads and worker processes.
+*Gap proven* is (step - bound) / step over the whole modelled space, at most what `--gap` asked for.
+
+{table}
+
+## How the combinations were dealt with
+
+*lb0*, *lb1*, *lb2* are the bounds of [ilp.md](ilp.md); a combination counts under the one that closed it.
+
+{pruned}
+
+## Against layouts without a planner
+
+Predicted by the same cost model, on the same hardware profile. *Rule of thumb*: the least pp, then the least tp that
+fits, the largest microbatch that fits, recomputation only where needed (Narayanan et al. 2021). *Plain FSDP*: the best
+layout with fully_shard over all GPUs, any microbatch size and recomputation.
+
+{gains}
+
+## How time grows
+
+Llamas of 8B's width (24 to 128 layers, 64 GPUs) and of 8 to 16,384 GPUs (70B), by `benchmarks/planning_scale.py`.
+
+![Planning time against layers](pictures/planning_layers.svg)
+
+![Planning time against GPUs](pictures/planning_gpus.svg)
+{exhaustive}
+## What others publish
+
+Quoted, not measured here; each planned a different space on different machines, and several include profiling on GPUs.
+None of these gives a lower bound for the whole plan.
+
+{peers}
+"""
+
+
+def write_page(results: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write docs/planning.md."""
+    page = TEMPLATE.format(
+        **{
+            key: results["machine"][key] for key in ("date", "cores", "processor", "python", "torch", "highspy", "pulp")
+        },
+        table=table(results, rows),
+        pruned=pruned(results, rows),
+        gains=gains(results, rows),
+        exhaustive=exhaustive(),
+        peers=peers(),
+    )
+    PAGE.write_text(page)
