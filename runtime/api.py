@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,12 @@ from ..planner.plan import Plan
 from ..planner.sources import Source
 from ..planner.target import Target, load_target
 from .data import Samples
-from .data_parallel import GradientSync, sum_scalar_gradients
+from .data_parallel import GradientSync, kept_gathered, sum_scalar_gradients
 from .gradients import clip, squared_norm
 from .mesh import RankMesh, build_mesh
 from .part import Shell
-from .pipeline import LeanStage, make_schedule, run_schedule
-from .stage import BuildOptions, Stage, build_stage
+from .pipeline import LeanStage, PipelineSchedule, make_schedule, run_schedule
+from .stage import BuildOptions, RankStages, Stage, build_stages
 from .tensor_parallel import step_context
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -50,17 +50,18 @@ class StepResult:
 
 
 class Parallel:
-    """A model running under a plan: this rank's stage, its optimizer and the training step.
+    """A model running under a plan: this rank's stages, their optimizer and the training step.
 
     Attributes
     ----------
     plan : Plan
     mesh : RankMesh
         All axes; ``mesh.replica`` of ``mesh.replicas`` says which samples this rank is to be given.
-    stage : Stage
-        ``stage.part.model`` is the user's module, its parameters DTensors by the user's own names.
+    stages : tuple of Stage
+        One, or the chunks of an interleaved schedule; each has in ``part.model`` a copy of the user's module, with
+        the parameters of that stage as DTensors by the user's own names.
     optimizer : torch.optim.Optimizer or None
-        None on a stage without trainable parameters.
+        None on a rank without trainable parameters.
     samples : Samples
         The target's own example data, the same under every plan.
     """
@@ -77,19 +78,30 @@ class Parallel:
         self.mesh: RankMesh = build_mesh(plan.mesh, options.device.type)
         self.samples = Samples(target, target.build("meta"), plan.batch.sequence_length, options.seed)
         example = self.samples.microbatch(0, 0, plan.batch.microbatch_size)
-        self.stage: Stage = build_stage(target, plan, self.mesh, example, options)
+        self._built: RankStages = build_stages(target, plan, self.mesh, example, options)
+        self._shared = self._built.shared
         self._clip = clip_grad_norm
-        self._sync = GradientSync(cast(FSDPModule, self.stage.part), plan)
+        self._syncs = [self._sync_of(stage) for stage in self.stages]
         self._schedule = self._make_schedule() if len(plan.stages) > 1 else None
-        trainable = [p for p in self.stage.part.parameters() if p.requires_grad]
+        self._parameters = list(self.named_parameters().values())
+        trainable = [p for p in self._parameters if p.requires_grad]
         self.optimizer = make_optimizer(trainable) if trainable else None
         # Ranks that share tensors must draw the same dropout.
         torch.manual_seed(options.seed + 7919 * (1 + self.mesh.replica) + 104729 * self.mesh.rank("pp"))
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """This rank's stages, in the order of the pipeline."""
+        return self._built.stages
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of all this rank's stages by the user's FQNs; one that several of them hold once."""
+        return self._built.named_parameters()
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.mesh.rank("pp") == len(self.plan.stages) - 1
+        return self.mesh.rank("pp") == self.mesh.degree("pp") - 1
 
     def train_step(self, batch: Inputs | Sequence[Inputs]) -> StepResult:
         """Forward, backward, reduction and optimizer step over one global batch; a collective call.
@@ -108,9 +120,10 @@ class Parallel:
         self.forward_backward(batch)
         result = self._totals()
         if self._clip is not None:
-            clip(self.stage.part.parameters(), result.grad_norm, self._clip)
+            clip(self._parameters, result.grad_norm, self._clip)
         if self.optimizer is not None:
             self.optimizer.step()
+        self._shared.spread()
         return result
 
     def forward_backward(self, batch: Inputs | Sequence[Inputs]) -> None:
@@ -122,28 +135,31 @@ class Parallel:
         on_device = [mb.map(lambda t: t.to(self.device, non_blocking=True)) for mb in microbatches]
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        self.stage.part.load(on_device, num_items, scale)
+        for stage in self.stages:
+            stage.part.load(on_device, num_items, scale)
         with step_context(self.plan.tensor_parallel) if self.mesh.degree("tp") > 1 else nullcontext():
             losses = self._run_microbatches(len(microbatches))
-        sum_scalar_gradients(self.stage.part, self.mesh)
-        self.stage.shared.sum_gradients()
+        for stage in self.stages:
+            sum_scalar_gradients(stage.part, self.mesh)
+        self._shared.sum_gradients()
         self._loss = torch.stack([loss.detach().double().sum() for loss in losses]).sum() if losses else None
-        self.stage.part.load((), None, 1.0)
+        for stage in self.stages:
+            stage.part.load((), None, 1.0)
 
     def _run_microbatches(self, count: int) -> list[torch.Tensor]:
         if self._schedule is not None:
             return run_schedule(self._schedule, self.is_last_stage, count)
         losses = []
         for k in range(count):
-            loss = self.stage.part(placeholder=True)
-            self._sync.before_backward(k == count - 1)
+            loss = self.stages[0].part(placeholder=True)
+            self._syncs[0].before_backward(k == count - 1)
             loss.sum().backward()
             losses.append(loss.detach())
         return losses
 
     def _totals(self) -> StepResult:
         """Loss and gradient norm in one all-reduce over all ranks."""
-        squares = squared_norm(self.stage.part.parameters(), self.stage.shared.copies).to(self.device)
+        squares = squared_norm(self._parameters, self._shared.copies).to(self.device)
         counts = self._loss is not None and self.mesh.rank("tp") == 0
         loss = self._loss if counts and self._loss is not None else torch.zeros_like(squares)
         both = torch.stack([loss, squares])
@@ -173,20 +189,26 @@ class Parallel:
             raise UsageError(f"train_step was given {len(batch)} microbatches; the plan has {count}.")
         return list(batch)
 
-    def _make_schedule(self) -> Any:
-        border = self.stage.border
-        pipe = LeanStage(
-            Shell(self.stage.part),
-            self.mesh.rank("pp"),
-            len(self.plan.stages),
-            self.device,
-            self.mesh.pp.get_group(),
-            receives=border.receives,
-            sends=border.sends,
-            before_backward=self._sync.before_backward,
-            loss_dtype=self.stage.part.loss_dtype,
-        )
-        return make_schedule(self.plan, pipe)
+    def _sync_of(self, stage: Stage) -> GradientSync:
+        kept = kept_gathered(self.plan, stage.section)
+        return GradientSync(cast(FSDPModule, stage.part), stage.part.model, kept, self.plan)
+
+    def _make_schedule(self) -> PipelineSchedule:
+        pipes = [
+            LeanStage(
+                Shell(stage.part),
+                stage.section.index,
+                len(self.plan.stages),
+                self.device,
+                self.mesh.pp.get_group(),
+                receives=stage.border.receives,
+                sends=stage.border.sends,
+                before_backward=sync.before_backward,
+                loss_dtype=stage.part.loss_dtype,
+            )
+            for stage, sync in zip(self.stages, self._syncs, strict=True)
+        ]
+        return make_schedule(self.plan, pipes)
 
 
 def parallelize(

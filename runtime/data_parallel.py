@@ -6,7 +6,7 @@ batch has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..planner.plan import Plan
+from ..planner.plan import Plan, StageSection
 from .mesh import RankMesh
 
 
@@ -55,13 +55,14 @@ def shard_parameters(
     root: nn.Module,
     model: nn.Module,
     units: Iterable[str],
-    plan: Plan,
+    kept: Collection[str],
     mesh: RankMesh,
     compute_dtype: torch.dtype,
     materialise: Callable[[nn.Module, str], None],
 ) -> None:
     """Apply `fully_shard` to each of `units`, then to `root`, which takes what is left.
 
+    Those of `units` that are in `kept` stay gathered from forward to backward, as the root does.
     ``materialise(module, fqn)`` is called just before a module is sharded, so that a rank holds the
     whole tensors of one unit at a time.
     """
@@ -74,7 +75,7 @@ def shard_parameters(
         fully_shard(
             module,
             mesh=dp,
-            reshard_after_forward=plan.sharding.reshard_after_forward,
+            reshard_after_forward=fqn not in kept,
             mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=True),
             ignored_params=scalar_parameters(module),
         )
@@ -93,22 +94,38 @@ def shard_parameters(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def kept_gathered(plan: Plan, section: StageSection) -> list[str]:
+    """The units of a stage that keep their gathered weights from forward to backward (ZeRO-2)."""
+    return section.kept_gathered if plan.sharding.reshard_after_forward else section.fsdp_units
+
+
 class GradientSync:
-    """When FSDP reduces gradients and lets weights go, microbatch by microbatch.
+    """When FSDP reduces a stage's gradients and lets weights go, microbatch by microbatch.
 
     gradient_sync "every" reduces after each microbatch, "last" accumulates whole gradients and reduces once.
-    With "last", weights that stay gathered through a microbatch stay so until the last one.
+    With "last", weights that stay gathered through a microbatch stay so until the last one; the others, gathered
+    again for each backward, go after each.
+
+    Parameters
+    ----------
+    root : FSDPModule
+        What `shard_parameters` was given as the root.
+    model : nn.Module
+        The user's model inside it.
+    kept : iterable of str
+        Its units that stay gathered; the root always does.
     """
 
-    def __init__(self, root: FSDPModule, plan: Plan) -> None:
+    def __init__(self, root: FSDPModule, model: nn.Module, kept: Iterable[str], plan: Plan) -> None:
         self._root = root
         self._every = plan.schedule.gradient_sync == "every"
-        self._zero3 = plan.sharding.reshard_after_forward
+        units = [model.get_submodule(fqn) for fqn in kept]
+        self._kept = [root, *(unit for unit in units if isinstance(unit, FSDPModule))]
 
     def before_backward(self, last: bool) -> None:
         """Set the switches for the backward of one microbatch; `last` in this step or not."""
-        root = self._root
-        root.set_is_last_backward(last)
-        root.set_requires_gradient_sync(last or self._every)
-        root.set_reshard_after_backward(last or self._every or self._zero3)
-        root.set_reshard_after_backward(last or self._every, recurse=False)
+        reduces = last or self._every
+        self._root.set_is_last_backward(last)
+        self._root.set_requires_gradient_sync(reduces)
+        for module in self._kept:
+            module.set_reshard_after_backward(reduces, recurse=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,49 +14,95 @@ from torch.distributed.tensor import DTensor
 from .mesh import RankMesh
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """One parameter that several stages hold: this rank's copies, the first of which is trained."""
+
+    leader: nn.Parameter
+    followers: tuple[nn.Parameter, ...]
+    group: dist.ProcessGroup | None
+
+
 class SharedParameters:
     """Parameters that more than one pipeline stage holds (tied weights): their gradients are summed.
+
+    Where several stages of one rank (chunks of an interleaved schedule) hold a parameter, the first copy gets the sum
+    and is the one to optimize; `spread` gives its values to the others.
 
     Parameters
     ----------
     holders : mapping
         Canonical FQN to the sorted stages that hold it; the same on every rank.
-    mine : mapping
-        Canonical FQN to this rank's parameter, for those it holds.
+    mine : sequence of mappings
+        For each stage of this rank, in order: canonical FQN to parameter, for those it holds.
+    pipeline_ranks : sequence of int
+        The pipeline rank of each stage.
     """
 
     def __init__(
-        self, holders: Mapping[str, tuple[int, ...]], mine: Mapping[str, nn.Parameter], mesh: RankMesh
+        self,
+        holders: Mapping[str, tuple[int, ...]],
+        mine: Sequence[Mapping[str, nn.Parameter]],
+        pipeline_ranks: Sequence[int],
+        mesh: RankMesh,
     ) -> None:
-        self._shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
+        ranks_of = {name: tuple(sorted({pipeline_ranks[s] for s in stages})) for name, stages in holders.items()}
+        groups = _groups_within_pipelines({ranks for ranks in ranks_of.values() if len(ranks) > 1}, mesh)
+        copies: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for chunk in mine:
+            for name, parameter in chunk.items():
+                copies[name].append(parameter)
+        # In order of names, so that all ranks reduce in the same order.
+        self._shared = [
+            _Shared(leader, tuple(followers), groups.get(ranks_of[name]))
+            for name, (leader, *followers) in sorted(copies.items())
+            if followers or ranks_of[name] in groups
+        ]
+        self.followers = {id(parameter) for shared in self._shared for parameter in shared.followers}
         self.copies: dict[int, int] = {}
-        # Every rank must make every group, in one order: pipelines x distinct sets of holders.
-        pipelines = mesh.whole.mesh.flatten(1).T.tolist()
-        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for stages in sorted({s for s in holders.values() if len(s) > 1}):
-            for pipeline in pipelines:
-                members = [pipeline[stage] for stage in stages]
-                group = dist.new_group(members)
-                if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
-                    groups[stages] = group
-        # In order of names, so that all stages reduce in the same order.
-        for name, parameter in sorted(mine.items()):
-            stages = holders.get(name, ())
-            if len(stages) > 1:
-                self._shared.append((parameter, groups[stages]))
-                self.copies[id(parameter)] = len(stages)
-        for parameter in mine.values():
-            if parameter.ndim == 0:  # FSDP leaves scalars whole on every replica
-                self.copies[id(parameter)] = self.copies.get(id(parameter), 1) * mesh.replicas
+        for name, (leader, *_) in copies.items():
+            # FSDP leaves scalars whole on every replica.
+            count = len(ranks_of[name]) * (mesh.replicas if leader.ndim == 0 else 1)
+            if count > 1:
+                self.copies[id(leader)] = count
 
     def sum_gradients(self) -> None:
-        """Replace each gradient by its sum over the stages that hold the parameter."""
-        for parameter, group in self._shared:
-            if not parameter.requires_grad:
+        """Replace each gradient by its sum over the stages that hold the parameter, on its first copy only."""
+        for shared in self._shared:
+            leader = shared.leader
+            if not leader.requires_grad:
                 continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(_local(parameter.grad), group=group)
+            if leader.grad is None:
+                leader.grad = torch.zeros_like(leader)
+            for follower in shared.followers:
+                if follower.grad is not None:
+                    _local(leader.grad).add_(_local(follower.grad))
+                    follower.grad = None
+            if shared.group is not None:
+                dist.all_reduce(_local(leader.grad), group=shared.group)
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Give this rank's other copies the values of the first, after the optimizer's step."""
+        for shared in self._shared:
+            for follower in shared.followers:
+                _local(follower).copy_(_local(shared.leader))
+
+
+def _groups_within_pipelines(
+    rank_sets: Iterable[tuple[int, ...]], mesh: RankMesh
+) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """The group of each set of pipeline ranks within this rank's pipeline, where it is a member."""
+    # Every rank must make every group, in one order: pipelines x distinct sets of holders.
+    pipelines = mesh.whole.mesh.flatten(1).T.tolist()
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    for ranks in sorted(rank_sets):
+        for pipeline in pipelines:
+            members = [pipeline[rank] for rank in ranks]
+            group = dist.new_group(members)
+            if isinstance(group, dist.ProcessGroup) and dist.get_rank() in members:
+                groups[ranks] = group
+    return groups
 
 
 def squared_norm(parameters: Iterable[nn.Parameter], copies: Mapping[int, int]) -> torch.Tensor:
@@ -66,7 +113,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], copies: Mapping[int, int]) 
     Parameters
     ----------
     copies : mapping
-        id of a parameter to how many stages (of a scalar: and replicas) hold it, where that is more than one.
+        id of a parameter to how many pipeline ranks (of a scalar: and replicas) hold it, where that is more than one.
     """
     by_weight: dict[int, list[torch.Tensor]] = defaultdict(list)
     for parameter in parameters:

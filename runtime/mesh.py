@@ -1,19 +1,20 @@
 """The device mesh of a plan and this rank's place in it.
 
-Axes are torchtitan's, outermost first, and all exist at degree 1 too: pp, dp_replicate, dp_shard, cp, tp.
+Axes are torchtitan's and all exist at degree 1 too: pp, dp_replicate, dp_shard, cp, tp. The plan says which of them
+consecutive ranks run along: in a mesh with pp 2, tp 2 and the order (tp, ..., pp), ranks 0 and 1 are a pipeline and
+0 and 2 share tensors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import EnvironmentFailure, UsageError
-from ..planner.plan import MeshSection
-
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+from ..planner.plan import AXES, MeshSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,28 @@ def build_mesh(section: MeshSection, device_type: str) -> RankMesh:
             f"The plan is for {section.world_size} processes, but {world_size} are running.",
             f"Start {section.world_size}, or plan with --gpus {world_size}.",
         )
-    shape = (
-        section.pipeline_parallel_degree,
-        section.data_parallel_replicate_degree,
-        section.data_parallel_shard_degree,
-        section.context_parallel_degree,
-        section.tensor_parallel_degree,
-    )
-    return RankMesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+    return RankMesh(DeviceMesh(device_type, rank_grid(section), mesh_dim_names=AXES))
+
+
+def rank_grid(section: MeshSection) -> torch.Tensor:
+    """The global rank at each coordinate (pp, dp_replicate, dp_shard, cp, tp).
+
+    >>> rank_grid(
+    ...     MeshSection(
+    ...         pipeline_parallel_degree=2,
+    ...         tensor_parallel_degree=2,
+    ...         order=["tp", "dp_replicate", "dp_shard", "cp", "pp"],
+    ...     )
+    ... ).squeeze()
+    tensor([[0, 2],
+            [1, 3]])
+    """
+    degrees = {
+        "pp": section.pipeline_parallel_degree,
+        "dp_replicate": section.data_parallel_replicate_degree,
+        "dp_shard": section.data_parallel_shard_degree,
+        "cp": section.context_parallel_degree,
+        "tp": section.tensor_parallel_degree,
+    }
+    laid_out = torch.arange(section.world_size).reshape([degrees[axis] for axis in section.order])
+    return laid_out.permute([section.order.index(axis) for axis in AXES]).contiguous()

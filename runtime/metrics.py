@@ -90,15 +90,17 @@ def measured_step_time_s(times: Sequence[float]) -> tuple[float, int]:
     return statistics.median(times[skipped:]), skipped
 
 
-def closing_table(plan: Plan, times: Sequence[float], stage_peaks: Sequence[int], kind: str) -> str:
-    """Predicted and measured step time and memory, side by side."""
+def closing_table(plan: Plan, times: Sequence[float], rank_peaks: Sequence[int], kind: str) -> str:
+    """Predicted and measured step time and memory, side by side; `rank_peaks` has one for each pipeline rank."""
     measured, skipped = measured_step_time_s(times)
     predicted = plan.predicted.step_time_s
     rows = [("", "predicted", "measured", "measured/predicted")]
     rows.append(("step time", format_seconds(predicted), format_seconds(measured), f"{measured / predicted:.2f}"))
-    for stage, peak in enumerate(stage_peaks):
-        expected = plan.predicted.peak_memory_bytes[stage]
-        label = f"peak memory, stage {stage}" if len(stage_peaks) > 1 else "peak memory"
+    for rank, peak in enumerate(rank_peaks):
+        expected = plan.predicted.peak_memory_bytes[rank]
+        chunks = [str(stage.index) for stage in plan.stages if stage.pipeline_rank == rank]
+        stages = f"stage{'s' if len(chunks) > 1 else ''} {', '.join(chunks)}"
+        label = f"peak memory, {stages}" if len(rank_peaks) > 1 else "peak memory"
         rows.append((label, format_bytes(expected), format_bytes(peak), f"{peak / max(expected, 1):.2f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from ..errors import UsageError
 from ..planner.plan import Plan
 from .stubs import Wire
 
-SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+ONE_STAGE_A_RANK: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+
+PipelineSchedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
 def travel_dtype(wire: Wire) -> torch.dtype:
@@ -106,15 +108,17 @@ class LeanStage(PipelineStage):
         )
         self._receives, self._sends = receives, sends
         self._before_backward = before_backward
-        self._slim = False
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, where it is the last step before the first microbatch; then all buffers are freed."""
+        result = super()._prepare_backward_infra(*args, **kwargs)
+        for table in (self.args_recv_info, self.grad_recv_info):
+            for infos in table.values():
+                _empty(infos)
+        return result
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """As in torch, with the buffers allocated now."""
-        if not self._slim:
-            self._slim = True
-            for table in (self.args_recv_info, self.grad_recv_info):
-                for infos in table.values():
-                    _empty(infos)
         self._fill(self.args_recv_info[fwd_chunk_id], self._receives, requires_grad=True)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
@@ -138,29 +142,41 @@ class LeanStage(PipelineStage):
             info.buffer = buffer.requires_grad_(requires_grad)
 
 
-def make_schedule(plan: Plan, stage: PipelineStage) -> PipelineScheduleSingle:
-    """The plan's schedule over this rank's stage; gradients are not rescaled by it.
+def make_schedule(plan: Plan, stages: Sequence[PipelineStage]) -> PipelineSchedule:
+    """The plan's schedule over this rank's stages; gradients are not rescaled by it.
+
+    Interleaved 1F1B goes through the chunks in rounds of M / max(1, M // pp) microbatches each.
 
     Raises
     ------
     UsageError
-        If the runtime does not execute this schedule, or it has fewer microbatches than stages.
+        If the runtime does not execute this schedule, or not with so many microbatches.
     """
-    name, microbatches = plan.schedule.name, plan.batch.microbatches
-    if name not in SCHEDULES or plan.schedule.virtual_stages != 1:
+    name, chunks = plan.schedule.name, plan.schedule.virtual_stages
+    microbatches, ranks = plan.batch.microbatches, plan.mesh.pipeline_parallel_degree
+    if name == "interleaved":
+        rounds = max(1, microbatches // ranks)
+        if microbatches % rounds:
+            raise UsageError(
+                f"Interleaved 1F1B goes in {rounds} rounds over {ranks} pipeline ranks, which does not divide "
+                f"{microbatches} microbatches.",
+                "Plan again with a --global-batch of other divisors, or --fix schedule=1f1b.",
+            )
+        return ScheduleInterleaved1F1B(list(stages), microbatches, loss_fn=_given_loss, scale_grads=False)
+    if name not in ONE_STAGE_A_RANK or chunks != 1:
         raise UsageError(
-            f"This runtime does not execute the schedule {name} with {plan.schedule.virtual_stages} chunks a rank.",
+            f"This runtime does not execute the schedule {name} with {chunks} chunks a rank.",
             "Plan again with --fix schedule=1f1b.",
         )
-    if name == "1f1b" and microbatches < stage.num_stages:
+    if name == "1f1b" and microbatches < ranks:
         raise UsageError(
-            f"1F1B needs a microbatch for each stage: {microbatches} microbatches, {stage.num_stages} stages.",
+            f"1F1B needs a microbatch for each stage: {microbatches} microbatches, {ranks} stages.",
             "Plan again with a larger --global-batch, or --fix schedule=gpipe.",
         )
-    return SCHEDULES[name](stage, microbatches, loss_fn=_given_loss, scale_grads=False)
+    return ONE_STAGE_A_RANK[name](stages[0], microbatches, loss_fn=_given_loss, scale_grads=False)
 
 
-def run_schedule(schedule: PipelineScheduleSingle, is_last: bool, microbatches: int) -> list[torch.Tensor]:
+def run_schedule(schedule: PipelineSchedule, is_last: bool, microbatches: int) -> list[torch.Tensor]:
     """One step; the microbatches' losses on the last stage, nothing elsewhere."""
     losses: list[torch.Tensor] = []
     # The target only numbers the microbatches: the module has computed the loss.

@@ -64,7 +64,7 @@ def train(options: RunOptions) -> None:
 
 
 def run_step(parallel: Parallel, step: int) -> tuple[StepRecord, list[int]]:
-    """One timed step: its record, and the peak memory of each stage so far."""
+    """One timed step: its record, and the peak memory of each pipeline rank so far."""
     plan, mesh = parallel.plan, parallel.mesh
     batch = parallel.samples.of_replica(
         step, mesh.replica, mesh.replicas, plan.batch.microbatches, plan.batch.microbatch_size
@@ -90,8 +90,8 @@ def run_step(parallel: Parallel, step: int) -> tuple[StepRecord, list[int]]:
 
 
 def stage_peaks(parallel: Parallel) -> list[int]:
-    """Largest peak memory of each stage's ranks."""
-    peaks = torch.zeros(len(parallel.plan.stages), dtype=torch.int64, device=parallel.device)
+    """Largest peak memory of the ranks at each place of the pipeline."""
+    peaks = torch.zeros(parallel.mesh.degree("pp"), dtype=torch.int64, device=parallel.device)
     peaks[parallel.mesh.rank("pp")] = peak_memory_bytes(parallel.device)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     return peaks.tolist()

@@ -145,7 +145,7 @@ def run_plan(rank: int, world: int, plan: Plan, float64: bool = True, compiled: 
     result = parallel._totals()
     grads = {
         name: full_tensor_of(p.grad, name, plan.tensor_parallel).detach().clone()
-        for name, p in parallel.stage.named_parameters().items()
+        for name, p in parallel.named_parameters().items()
         if p.grad is not None
     }
     return {"loss": result.loss.item(), "norm": result.grad_norm.item(), "grads": grads}
@@ -167,14 +167,17 @@ def check_roughly(plan: Plan, results: list[dict[str, Any]], tolerance: float) -
 
 
 def initial_state(rank: int, world: int, plan: Plan) -> dict[str, torch.Tensor]:
-    """Whole initial parameters and buffers of this rank's stage."""
+    """Whole initial parameters and buffers of this rank's stages."""
     from tpplan.runtime.api import parallelize
     from tpplan.runtime.full_tensors import full_tensor_of
 
-    stage = parallelize(target_of(plan), plan, device="cpu", seed=SEED).stage
-    names = named_tensors(stage.part.model)
-    held = dict(stage.part.model.named_parameters(remove_duplicate=False)) | dict(stage.part.model.named_buffers())
-    return {n: full_tensor_of(t, n, plan.tensor_parallel).clone() for n, t in names.items() if n in held}
+    found = {}
+    for stage in parallelize(target_of(plan), plan, device="cpu", seed=SEED).stages:
+        model = stage.part.model
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        names = {name: tensor for name, tensor in named_tensors(model).items() if name in held}
+        found |= {name: full_tensor_of(t, name, plan.tensor_parallel).clone() for name, t in names.items()}
+    return found
 
 
 @dataclass(frozen=True)

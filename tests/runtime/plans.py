@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpplan.planner.plan import (
+    AXES,
     BatchSection,
     HardwareSection,
     MeshSection,
@@ -53,18 +54,22 @@ def write_plan(
     styles: Mapping[str, ModuleStyle] | None = None,
     loss_parallel: bool = False,
     input_spec: Sequence[str] = (),
+    chunks: int = 1,
+    order: Sequence[str] = AXES,
+    kept: Sequence[str] = (),
 ) -> Plan:
-    """A plan; `wires[i]` are the tensors that stage i sends to stage i + 1."""
-    dp = dp_replicate * dp_shard
+    """A plan; `wires[i]` are the tensors that stage i sends to stage i + 1, `chunks` the stages a pipeline rank."""
+    dp, pp = dp_replicate * dp_shard, len(stages) // chunks
     borders = [[], *map(list, wires), []]
     sections = [
         StageSection(
             index=i,
-            pipeline_rank=i,
+            pipeline_rank=i % pp,
             modules=list(units),
             replicated_modules=list(replicated),
             recompute={u: recompute for u in units if u.rpartition(".")[2].isdigit() and recompute != "none"},
             fsdp_units=list(units),
+            kept_gathered=[unit for unit in units if unit in kept],
             receives=borders[i],
             sends=borders[i + 1],
         )
@@ -87,17 +92,18 @@ def write_plan(
             "hardware": HardwareSection(
                 name="cpu-gloo",
                 hash="",
-                gpus=tp * dp * len(stages),
+                gpus=tp * dp * pp,
                 gpus_per_node=8,
                 memory_limit_bytes=2**30,
                 peak_flops=1e9,
                 peak_name="test",
             ),
             "mesh": MeshSection(
-                pipeline_parallel_degree=len(stages),
+                pipeline_parallel_degree=pp,
                 data_parallel_replicate_degree=dp_replicate,
                 data_parallel_shard_degree=dp_shard,
                 tensor_parallel_degree=tp,
+                order=[*order],  # type: ignore[arg-type]
             ),
             "batch": BatchSection(
                 global_batch=dp * microbatches * microbatch_size,
@@ -105,7 +111,9 @@ def write_plan(
                 microbatches=microbatches,
                 sequence_length=sequence_length,
             ),
-            "schedule": ScheduleSection.model_validate({"name": schedule, "gradient_sync": gradient_sync}),
+            "schedule": ScheduleSection.model_validate(
+                {"name": schedule, "gradient_sync": gradient_sync, "virtual_stages": chunks}
+            ),
             "precision": PrecisionSection.model_validate(
                 {"name": precision, "compute_dtype": "bfloat16" if precision == "bf16" else "float32"}
             ),
@@ -117,8 +125,8 @@ def write_plan(
                 tokens_per_s_per_gpu=1.0,
                 samples_per_s=1.0,
                 mfu=0.1,
-                peak_memory_bytes=[2**28] * len(stages),
-                device_bytes=[2**29] * len(stages),
+                peak_memory_bytes=[2**28] * pp,
+                device_bytes=[2**29] * pp,
             ),
             "solver": SolverSection(status="optimal", objective_s=1.0, lower_bound_s=1.0, gap=0.0, wall_s=0.0),
         }

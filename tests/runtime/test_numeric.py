@@ -73,19 +73,22 @@ def styles_of(model: str) -> dict[str, ModuleStyle]:
     return {"bert.embeddings.word_embeddings": VOCAB, **blocks, "cls.predictions.decoder": COL}
 
 
-def plan_of(model: str, pp: int = 1, **options: Any) -> Plan:
-    """A plan of one of the example models, cut in the middle if pp is 2."""
+def plan_of(model: str, pp: int = 1, chunks: int = 1, **options: Any) -> Plan:
+    """A plan of one of the example models, cut in the middle into 2 stages or behind its first 3 blocks into 4."""
     spec = MODELS[model]
     units = spec["units"]
-    cuts = [units.index(spec["cut"][0]) + 1] if pp == 2 else []
+    blocks = [unit for unit in units if unit.endswith((".0", ".1", ".2"))]
+    ends = {1: [], 2: [spec["cut"][0]], 4: blocks}[pp * chunks]
     return write_plan(
         spec["target"],
-        split(units, cuts),
-        wires=[[spec["cut"][1]]] if pp == 2 else [],
+        split(units, [units.index(end) + 1 for end in ends]),
+        wires=[[f"{end}:0:0"] for end in ends],
         model_args=spec.get("model_args"),
         replicated=spec.get("replicated", ()),
         styles=styles_of(model) if options.get("tp", 1) > 1 else {},
         loss_parallel=options.get("tp", 1) > 1,
+        chunks=chunks,
+        **({"schedule": "interleaved"} if chunks > 1 else {}),
         **options,
     )
 
