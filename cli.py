@@ -89,7 +89,18 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
     "--fix",
     multiple=True,
     metavar="AXIS=VALUE",
-    help="Pin tp, pp, dp_replicate, dp_shard, microbatch_size, recompute, schedule.",
+    help="Pin tp, pp, dp, dp_replicate, dp_shard, microbatch_size, microbatches, virtual, schedule, zero_stage, "
+    "recompute, sequence_parallel, gradient_sync, or layer:PATTERN=none|selective|full|zero2|zero3|tp|row|replicate.",
+)
+@click.option("--max", "most", multiple=True, metavar="AXIS=N", help="The most of a degree, for example pp=4.")
+@click.option("--min", "least", multiple=True, metavar="AXIS=N", help="The least of a degree.")
+@click.option("--forbid", multiple=True, metavar="AXIS=VALUE", help="Rule out a value, for example recompute=full.")
+@click.option(
+    "--pins",
+    "pins_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Pins from a file with tables fix, max, min, forbid, layers; the command line goes first.",
 )
 @click.option(
     "--gap",

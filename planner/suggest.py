@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import InfeasibleError, UsageError
+from ..errors import UsageError
 from ..hardware_profiles.catalog import Profile, load_profile, match_gpu
-from ..units import GIB, gib
-from .assemble import build_plan, model_section
+from ..units import GIB
+from .assemble import model_section
 from .baselines import plain_fsdp, rule_of_thumb
-from .choices import CostModel
 from .graph import ModelGraph
+from .infeasible import no_plan
 from .local_gpus import local_gpu_names
-from .mesh import Mesh, enumerate_meshes
 from .pins import parse_pins
 from .plan import Plan, SolverSection
+from .plan_notes import assumptions, notes, space_description
+from .planning import SearchOptions, Solved, Subject, prepare, solve_for
 from .request import Request
-from .search import Candidate, SearchResult, search
+from .search import SearchResult
 from .sharding import Sharding, analyse
 
 DEFAULT_HARDWARE = "h100-sxm"
+REPAIR_S = 20.0
 Say = Callable[[str, str], None]
 
 
@@ -32,12 +34,34 @@ class Suggestion:
     """A plan with what it was made from, for reports."""
 
     plan: Plan
-    graph: ModelGraph
-    sharding: Sharding
-    profile: Profile
-    request: Request
-    result: SearchResult
+    subject: Subject
+    solved: Solved
     seconds: Mapping[str, float]
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The traced model."""
+        return self.subject.graph
+
+    @property
+    def sharding(self) -> Sharding:
+        """Its tensor-parallel layout."""
+        return self.subject.sharding
+
+    @property
+    def profile(self) -> Profile:
+        """The hardware."""
+        return self.subject.profile
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.solved.request
+
+    @property
+    def result(self) -> SearchResult:
+        """What the search proved."""
+        return self.solved.result
 
 
 def suggest(target: str, **options: Any) -> Plan:
@@ -63,8 +87,13 @@ def suggest_in_detail(
     optimizer: str = "adamw",
     memory_limit_gib: float | None = None,
     fix: Sequence[str] = (),
+    most: Sequence[str] = (),
+    least: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+    pins_file: str | Path | None = None,
     time_limit_s: float | None = None,
     gap: float = 0.005,
+    repair_s: float = REPAIR_S,
     model_args: Mapping[str, str] | None = None,
     inputs: Sequence[str] = (),
     say: Say | None = None,
@@ -86,10 +115,14 @@ def suggest_in_detail(
     optimizer : {"adamw", "sgd"}
     memory_limit_gib : float, optional
         GiB of one device, everything included; by default what the profile's device offers.
-    fix : sequence of "axis=value"
-        Pins: tp, pp, dp_replicate, dp_shard, microbatch_size, recompute, schedule, zero_stage.
+    fix, most, least, forbid : sequence of "axis=value"
+        Pins, see `pins.parse_pins`; fix and forbid also take "layer:PATTERN=value".
+    pins_file : path, optional
+        Pins in a TOML file, see `pins_file.read_pins_file`.
     time_limit_s, gap : float
         When the search stops.
+    repair_s : float
+        If nothing fits, seconds to look for what would; 0 does not look.
     say, on_progress : callable, optional
         Told what starts (name, text), and the search's events.
 
@@ -100,7 +133,7 @@ def suggest_in_detail(
     """
     say = say or (lambda name, text: None)
     clock = _Clock()
-    pins = parse_pins(fix)
+    pins = parse_pins(fix, most, least, forbid, pins_file)
     profile, why = choose_profile(hardware)
     if gpus < 1:
         raise UsageError(f"--gpus is {gpus}; a plan needs at least one GPU.", "Give --gpus 1 or more.")
@@ -108,7 +141,6 @@ def suggest_in_detail(
 
     from .opaque import opaque_notes
     from .target import load_target
-    from .trace import trace
 
     clock.lap("imports")
     loaded = load_target(target, model_args=dict(model_args or {}), inputs=tuple(inputs), precision=precision)
@@ -127,26 +159,20 @@ def suggest_in_detail(
         time_limit_s=time_limit_s,
     )
     say("trace", f"tracing {loaded.name} at sequence length {length}")
-    graph = trace(loaded, sequence_length=length, precision=precision)
+    subject = traced(loaded, profile, length, precision)
     clock.lap("trace")
-    sharding = analyse(graph)
-    model = CostModel(graph, sharding, profile, request)
-    meshes = meshes_of(model, request)
+    prepared = prepare(subject, request)
+    model, meshes = prepared
     say("search", f"searching {len(meshes)} meshes")
     clock.lap("costs")
-    result = search(
-        [Candidate(astuple(mesh), partial(model.problem, mesh)) for mesh in meshes],
-        gap=gap,
-        time_limit_s=time_limit_s,
-        on_progress=on_progress,
-    )
+    solved = solve_for(subject, request, SearchOptions(on_progress=on_progress), prepared)
     clock.lap("search")
-    if result.best is None:
-        raise no_plan(model, result)
-    best = result.best
+    if solved.best is None:
+        raise no_plan(subject, solved, repair_s, say)
+    graph, sharding = subject.graph, subject.sharding
     fields = {
-        "tpplan_version": _tpplan_version(),
-        "torch_version": _torch_version(),
+        "tpplan_version": _version("tpplan"),
+        "torch_version": _version("torch"),
         "model": model_section(
             graph,
             layers=len(graph.units),
@@ -156,16 +182,24 @@ def suggest_in_detail(
             loss=graph.loss or loaded.loss_description,
             loss_weighting=loaded.loss_weighting,
         ),
-        "solver": solver_section(model, result, clock.total()),
+        "solver": solver_section(solved.result, clock.total()),
         "baselines": [b for b in (rule_of_thumb(model, meshes), plain_fsdp(model, meshes)) if b is not None],
         "assumptions": assumptions(
             request, profile, why, "" if seq_len else default.source, global_batch is None, memory_limit_gib is None
         ),
         "notes": opaque_notes(graph) + list(graph.notes) + notes(graph, sharding, loaded.loss_weighting),
     }
-    plan = build_plan(model, Mesh(*best.key), best.assignment, best.evaluation, fields)
+    plan = solved.plan(solved.best, fields)
     clock.lap("plan")
-    return Suggestion(plan, graph, sharding, profile, request, result, clock.seconds)
+    return Suggestion(plan, subject, solved, clock.seconds)
+
+
+def traced(loaded: Any, profile: Profile, sequence_length: int, precision: str) -> Subject:
+    """Trace a loaded target; the subject can trace it again at another length."""
+    from .trace import trace
+
+    graph = trace(loaded, sequence_length=sequence_length, precision=precision)
+    return Subject(graph, analyse(graph), profile, lambda length, p: traced(loaded, profile, length, p))
 
 
 class _Clock:
@@ -202,61 +236,7 @@ def choose_profile(hardware: str | None) -> tuple[Profile, str]:
     return load_profile(DEFAULT_HARDWARE), "no local GPU; the default"
 
 
-def meshes_of(model: CostModel, request: Request) -> list[Mesh]:
-    """The meshes to search; a clear error where there is none."""
-    legal = model.sharding.degrees_allowed(min(request.gpus, request.gpus_per_node))
-    stages = 1 + sum(facts.cut_after for facts in model.facts)
-    meshes = enumerate_meshes(request, legal, stages)
-    if meshes:
-        return meshes
-    pins = request.pins
-    tp = pins.fixed("tp")
-    if isinstance(tp, int) and tp not in legal:
-        reasons = "; ".join(model.sharding.reasons) or "its heads and widths do not divide"
-        raise InfeasibleError(
-            f"tp={tp} is not possible for {model.graph.name} on {request.gpus} GPUs: {reasons}.",
-            f"Allowed: {', '.join(map(str, legal))}.",
-        )
-    pp = pins.fixed("pp")
-    if isinstance(pp, int) and pp > stages:
-        raise InfeasibleError(
-            f"pp={pp} needs {pp} stages; {model.graph.name} can be cut into {stages}.",
-            f"Use --fix pp={stages} or less.",
-        )
-    if pins:
-        raise InfeasibleError(
-            f"No mesh of {request.gpus} GPUs and a global batch of {request.global_batch} satisfies {pins.text()}.",
-            "GPUs = tp x pp x dp_replicate x dp_shard, and dp x microbatch_size must divide the batch: drop a pin.",
-        )
-    nearest = request.gpus * max(1, round(request.global_batch / request.gpus))
-    raise UsageError(
-        f"A global batch of {request.global_batch} cannot be split over {request.gpus} GPUs.",
-        f"Give --global-batch a multiple of {request.gpus}, for example {nearest}.",
-    )
-
-
-def no_plan(model: CostModel, result: SearchResult) -> Exception:
-    """The error for a search without a plan: out of memory (by how much, where), or out of time."""
-    request = model.request
-    if result.status != "infeasible":
-        return InfeasibleError(
-            f"No plan was found within {request.time_limit_s} s.",
-            "Give more time with --time-limit, or pin axes with --fix.",
-        )
-    if not result.shortfall_key:
-        return InfeasibleError("No candidate has enough legal cuts for its stages.", "Use fewer stages: --fix pp=1.")
-    mesh = Mesh(*result.shortfall_key)
-    short = result.shortfall_bytes * (1 + model.device.reserve_fraction)
-    return InfeasibleError(
-        f"Nothing fits: the best layout ({mesh.describe()}, microbatch {mesh.microbatch_size}) lacks "
-        f"{gib(short):.2f} GiB in stage {result.shortfall_stage} of {mesh.pp} "
-        f"(limit {gib(request.memory_limit_bytes):.1f} GiB a GPU).",
-        "Use more GPUs (--gpus), a shorter sequence (--seq-len), or a larger --memory-limit"
-        + (", or drop a --fix." if request.pins else "."),
-    )
-
-
-def solver_section(model: CostModel, result: SearchResult, wall_s: float) -> SolverSection:
+def solver_section(result: SearchResult, wall_s: float) -> SolverSection:
     """The certificate of the search."""
     assert result.best is not None
     import highspy
@@ -276,59 +256,7 @@ def solver_section(model: CostModel, result: SearchResult, wall_s: float) -> Sol
     )
 
 
-def space_description() -> list[str]:
-    """What the searched space holds and leaves out."""
-    return [
-        "tp: divisors of one node that the model allows; pp: as many stages as it has legal cuts; "
-        "dp_replicate x dp_shard: the rest",
-        "microbatch sizes 1, 2, 4, ... 64; stage boundaries at any legal cut; 1F1B (GPipe where pinned)",
-        "recompute none, selective or full for each block; ZeRO-2 and ZeRO-3; "
-        "gradients reduced after every or the last microbatch",
-        "not searched: interleaved and zero-bubble schedules, sequence, context and expert parallelism; "
-        "the mesh order is fixed (tp innermost, pp outermost)",
-    ]
-
-
-def assumptions(
-    request: Request, profile: Profile, why: str, length_from: str, default_batch: bool, default_limit: bool
-) -> list[str]:
-    """What was assumed, each with the flag that changes it; `length_from` says where a default length comes from."""
-    length = f" ({length_from})" if length_from else ""
-    batch = " (default)" if default_batch else ""
-    limit = " (what the device offers)" if default_limit else ""
-    return [
-        f"hardware {profile.name} ({why}): --hardware",
-        f"{request.gpus_per_node} GPUs a node: --gpus-per-node",
-        f"sequence length {request.sequence_length}{length}: --seq-len",
-        f"global batch {request.global_batch} samples{batch}: --global-batch",
-        f"precision {request.precision}: --precision",
-        f"optimizer {request.optimizer}: --optimizer",
-        f"memory limit {gib(request.memory_limit_bytes):.1f} GiB a GPU{limit}: --memory-limit",
-    ]
-
-
-def notes(graph: ModelGraph, sharding: Sharding, weighting: str) -> list[str]:
-    """Remarks that a reader of the plan must know."""
-    said = []
-    if weighting == "equal":
-        said.append(
-            "the loss is the model's own mean: every microbatch weighs the same, whatever its number of targets"
-        )
-    if graph.batch_norm:
-        said.append("BatchNorm statistics are per microbatch and replica: the microbatch size changes them")
-    if graph.unused:
-        said.append(f"{len(graph.unused)} trainable parameter(s) are never used: {', '.join(graph.unused[:3])}")
-    said += [f"tensor parallelism: {reason}" for reason in sharding.reasons]
-    return said
-
-
-def _tpplan_version() -> str:
+def _version(package: str) -> str:
     from importlib.metadata import version
 
-    return version("tpplan")
-
-
-def _torch_version() -> str:
-    from importlib.metadata import version
-
-    return version("torch")
+    return version(package)
