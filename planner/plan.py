@@ -271,7 +271,11 @@ class PredictedSection(_Section):
 
 
 class SolverSection(_Section):
-    """The certificate: gap = (objective_s - lower_bound_s) / objective_s over the whole modelled space."""
+    """The certificate: gap = (objective_s - lower_bound_s) / objective_s over the whole modelled space.
+
+    `objective` is what was minimised; `proofs` say what was proven where that is not (only) the step time.
+    `infeasible` combinations were proven not to fit; `seconds` are the wall time by phase.
+    """
 
     status: Literal["optimal", "feasible"]
     objective_s: float
@@ -283,6 +287,10 @@ class SolverSection(_Section):
     candidates: int = 0
     pruned: dict[str, int] = Field(default_factory=dict)
     solved: int = 0
+    infeasible: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)
+    objective: Literal["time", "memory", "gpus", "cost"] = "time"
+    proofs: list[str] = Field(default_factory=list)
     space: list[str] = Field(default_factory=list)
 
 
@@ -296,6 +304,26 @@ class Baseline(_Section):
     zero_stage: int
     step_time_s: float | None
     fits: bool
+
+
+class Alternative(_Section):
+    """Another layout of the ranking: what it is, what it costs, and the pins (`--fix`) that make it the plan.
+
+    `tied`: its step time lies within the cost model's interval of the best, so that the model cannot tell them apart.
+    `device_bytes` are those of its fullest device.
+    """
+
+    mesh: MeshSection
+    microbatch_size: int
+    microbatches: int
+    schedule: str
+    virtual_stages: int = 1
+    recompute: str
+    zero_stage: int
+    step_time_s: float
+    device_bytes: int
+    tied: bool
+    fix: list[str] = Field(default_factory=list)
 
 
 class Plan(_Section):
@@ -318,6 +346,7 @@ class Plan(_Section):
     predicted: PredictedSection
     solver: SolverSection
     baselines: list[Baseline] = Field(default_factory=list)
+    alternatives: list[Alternative] = Field(default_factory=list)
     assumptions: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
