@@ -186,7 +186,10 @@ def greedy_s(problem: Problem) -> float:
     if even not in splits(problem):
         return inf
     assignment = fill(problem, even)
-    return price_one(problem, assignment)[0] if assignment is not None else inf
+    if assignment is None:
+        return inf
+    step_s, peaks = price_one(problem, assignment)
+    return step_s if max(peaks) <= problem.memory_bytes else inf
 
 
 @dataclass(frozen=True)

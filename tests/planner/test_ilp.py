@@ -12,6 +12,7 @@ from brute_force import price_one, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instances import Known, every, known, random_problem
+from tpplan.costmodels.schedules import SCHEDULES
 from tpplan.planner import solve as solve_module
 from tpplan.planner.engine import ENGINES, Outcome
 from tpplan.planner.problem import Choice, Layer, Problem, Solution
@@ -19,8 +20,7 @@ from tpplan.planner.runs import fold
 from tpplan.planner.solve import solve
 
 INSTANCES = 500
-BY_CBC = 50
-SCHEDULES = ("1f1b", "gpipe")
+BY_CBC = 15
 
 
 @pytest.fixture(scope="module")
