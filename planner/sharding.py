@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from ..units import DTYPE_BYTES
 from .graph import ModelGraph, UnitClass
 from .sharding_search import Search
-from .sharding_sequence import SequenceParallel, sequence_parallel
+from .sharding_sequence import ClassSequence, SequenceParallel, sequence_parallel
 from .sharding_states import Collective, Outcome, Split, absolute
 from .sharding_styles import Style, is_split, unit_styles
 
@@ -30,11 +30,16 @@ class ClassSharding:
     op_split[i] : None, or what tp divides in operator i: "n" (col), "k" (row), "heads", "batch", "elements"
     tensor_split[t] : whether each rank holds 1/tp of tensor t
     collectives : tp collectives of one unit call, whole-tensor bytes, module FQN relative to the unit
+    gradient_sums : all-reduces over tp of the gradients of whole weights that see 1/tp of the tokens, paid whenever
+        gradients are reduced over data-parallel ranks (module: the weight's name in the class's first unit)
+    gathered : tensors that rank holds whole though the stream is split: what projections keep of what they gathered
     """
 
     op_split: tuple[str | None, ...]
     tensor_split: tuple[bool, ...]
     collectives: tuple[Collective, ...]
+    gradient_sums: tuple[Collective, ...] = ()
+    gathered: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Sharding:
     sharded_share : share of the parameter bytes that tp divides
     whole : why each layer that could hold a split stays whole, by absolute FQN
     sequence : whether the stream between row and col layers may be split along its tokens too, and whose work that is
+    stream_split : whether this is the variant whose stream is split
     """
 
     classes: tuple[ClassSharding, ...]
@@ -61,6 +67,7 @@ class Sharding:
     sharded_share: float
     sequence: SequenceParallel = _NO_SEQUENCE
     whole: Mapping[str, str] = field(default_factory=dict)
+    stream_split: bool = False
 
     @property
     def sequence_parallel(self) -> bool:
@@ -93,6 +100,39 @@ def analyse(graph: ModelGraph) -> Sharding:
         return found
     why = [r.replace("stays whole", "has its output gathered") for r in found.reasons[1:]]
     return replace(gathered, reasons=(f"outputs are gathered, because {found.reasons[0]}", *why, *gathered.reasons))
+
+
+def with_sequence_parallel(graph: ModelGraph, sharding: Sharding) -> Sharding | None:
+    """The layout with the stream between row and col layers split along its tokens; None where that is not possible.
+
+    Row layers scatter their sums (style output "sequence"), projections gather what they read, and everything
+    between runs on, and keeps, 1/tp of the tokens, which tp must divide. The split of the parameters is the same.
+    """
+    found = sharding.sequence
+    if not found.possible:
+        return None
+    classes = list(sharding.classes)
+    for index, change in found.classes.items():
+        classes[index] = _with_stream(classes[index], change, graph.classes[index])
+    scattered = {fqn: replace(sharding.styles[fqn], output="sequence") for fqn in found.scattered}
+    return replace(
+        sharding,
+        classes=tuple(classes),
+        styles={**sharding.styles, **scattered},
+        parts=(*sharding.parts, (found.tokens, f"the stream ({found.tokens} tokens)")),
+        stream_split=True,
+    )
+
+
+def _with_stream(own: ClassSharding, change: ClassSequence, cls: UnitClass) -> ClassSharding:
+    streams = change.streams - change.gathered
+    return ClassSharding(
+        op_split=tuple("elements" if how is None and i in change.works else how for i, how in enumerate(own.op_split)),
+        tensor_split=tuple(split or t.id in streams for split, t in zip(own.tensor_split, cls.tensors, strict=True)),
+        collectives=change.collectives,
+        gradient_sums=change.gradient_sums,
+        gathered=change.gathered,
+    )
 
 
 def _sharding(search: Search) -> Sharding:

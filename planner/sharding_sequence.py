@@ -5,24 +5,39 @@ sums. If each of these operators carries a split of the tokens, a rank may do it
 
     row  -> reduce_scatter -> [ dropout, add, norm on 1/tp of the tokens ] -> all_gather -> col
 
-which moves the bytes of the all-reduce that it replaces, and keeps 1/tp of the activations between.
+which moves the bytes of the all-reduce that it replaces, and keeps 1/tp of the activations between. The stretch
+begins with the first unit that has a row layer and ends behind the last. The whole copies that projections keep for
+their weights' gradients stay whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .graph import Op, Unit, UnitClass
-from .sharding_products import PRODUCTS, operands
-from .sharding_rules import Interpreter, live_operators
+from .graph import Affine, Unit, UnitClass
 from .sharding_search import Search
-from .sharding_states import Conflict, Decision, Layer, Outcome, Partial, Split, State, Weight, Whole, absolute
-from .sharding_walk import PROBE, inside
+from .sharding_states import Collective, Conflict, Outcome, absolute, tensor_bytes
+from .sharding_stream import Stream, follow, is_stream
 
-_TOKENS = "tokens"
-_STREAM = Split(1, frozenset({_TOKENS}))
+
+@dataclass(frozen=True, slots=True)
+class ClassSequence:
+    """What a split stream changes in the sharding of one unit class.
+
+    streams : ids of tensors of which each rank holds its tokens
+    works : indices of operators that run on 1/tp of the tokens
+    gathered : ids of storages of streams whose gathered, whole copy projections keep for backward
+    collectives : all tp collectives of a unit call, in place of those of the whole stream
+    gradient_sums : all-reduces over tp of gradients of whole weights, at each reduction of gradients
+    """
+
+    streams: frozenset[int] = frozenset()
+    works: frozenset[int] = frozenset()
+    gathered: frozenset[int] = frozenset()
+    collectives: tuple[Collective, ...] = ()
+    gradient_sums: tuple[Collective, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,172 +45,158 @@ class SequenceParallel:
     """Whether the stream may be split, by what, and who works on a part of it.
 
     possible : whether every operator between row and col layers carries the split
-    modules : absolute FQNs of the norms, dropouts and other modules that would run on 1/tp of the tokens
+    modules : absolute FQNs of the units, norms, dropouts and other modules that would run on 1/tp of the tokens
     tokens : tp must divide this (common divisor of the lengths of all streams)
     reason : what stops it, "" if nothing does
+    scattered : row layers whose sum is scattered along the tokens
+    ends : units whose output is gathered, because what reads it is outside the stretch
+    streams : (unit position, output index) of the tensors that are split where they cross from unit to unit
+    classes : what changes in each class, by index; other classes stay as they are
     """
 
     possible: bool
     modules: tuple[str, ...] = ()
     tokens: int = 0
     reason: str = ""
-
-
-@dataclass(slots=True)
-class _Found:
-    outputs: list[State]
-    modules: set[str] = field(default_factory=set)
-    lengths: set[int] = field(default_factory=set)
+    scattered: frozenset[str] = frozenset()
+    ends: tuple[str, ...] = ()
+    streams: frozenset[tuple[int, int]] = frozenset()
+    classes: Mapping[int, ClassSequence] = field(default_factory=dict)
 
 
 def sequence_parallel(search: Search) -> SequenceParallel:
-    """Follow the stream from the first unit with a col layer to the last with a row layer."""
+    """Follow the stream from the first unit with a row layer to the last."""
     graph = search.graph
-    with_rows = [u.position for u in graph.units if search.outcomes[u.class_index].rows or _regions(search, u)]
-    if not with_rows:
+    summing = [u.position for u in graph.units if search.outcomes[u.class_index].rows]
+    if not summing:
         return SequenceParallel(False, reason="no layer is split along what it sums over")
-    known: dict[tuple[int, int], State] = {}
-    cache: dict[tuple[int, tuple[State, ...]], _Found] = {}
-    modules: set[str] = set()
-    lengths: set[int] = set()
-    for unit in graph.units[with_rows[0] : with_rows[-1] + 1]:
-        cls = graph.classes[unit.class_index]
-        states = tuple(
-            known.get(source, _entry(search, cls, i)) for source, i in zip(unit.sources, cls.inputs, strict=True)
-        )
-        key = (unit.class_index, states)
+    stretch = graph.units[summing[0] : summing[-1] + 1]
+    found: dict[int, Stream] = {}
+    for unit in stretch:
+        if unit.class_index in found or not _may_hold_a_stream(search, unit):
+            continue
         try:
-            found = cache.get(key) or _follow(search, unit, states)
+            found[unit.class_index] = follow(search, unit.class_index)
         except Conflict as conflict:
-            where = absolute(unit.fqn, str(conflict.weight).strip("/")) or graph.name
-            return SequenceParallel(False, reason=f"{where}: {conflict.reason}")
-        cache[key] = found
-        known.update({(unit.position, i): state for i, state in enumerate(found.outputs)})
-        modules |= {absolute(unit.fqn, fqn) for fqn in found.modules}
-        lengths |= found.lengths
+            if search.outcomes[unit.class_index].rows or search.outcomes[unit.class_index].columns:
+                where = absolute(unit.fqn, conflict.weight.strip("/")) or graph.name
+                return SequenceParallel(False, reason=f"{where}: {conflict}")
+    lengths = set[int]().union(*(s.lengths for s in found.values()))
     tokens = math.gcd(*lengths) if lengths else 0
     if tokens <= 1:
         return SequenceParallel(False, reason=f"streams of {', '.join(map(str, sorted(lengths)))} tokens")
-    return SequenceParallel(True, tuple(sorted(modules)), tokens)
+    return _Stretch(search, found, stretch, tokens).result()
 
 
-def _regions(search: Search, unit: Unit) -> bool:
-    return bool(search.outcomes[unit.class_index].regions)
+def _may_hold_a_stream(search: Search, unit: Unit) -> bool:
+    cls = search.graph.classes[unit.class_index]
+    return not unit.replicated and any(is_stream(cls, t) for t in cls.inputs)
 
 
-def _entry(search: Search, cls: UnitClass, tensor: int) -> State:
-    """An input from before the first unit: the stream itself, if it is (batch, tokens, features) with a gradient."""
-    spec = cls.tensors[tensor]
-    samples = [d.per_sample != 0 for d in spec.shape]
-    stream = spec.requires_grad and len(samples) == 3 and samples[0] and not samples[1]
-    return _STREAM if stream else Whole()
+class _Stretch:
+    """The units between which the stream is split, and what passes their borders."""
+
+    def __init__(self, search: Search, found: Mapping[int, Stream], stretch: tuple[Unit, ...], tokens: int) -> None:
+        self.search, self.found, self.tokens = search, found, tokens
+        self.units = [u for u in stretch if u.class_index in found and any(found[u.class_index].outputs)]
+        self.positions = {u.position for u in self.units}
+        self.classes = {i: _changes(search, i, found[i]) for i in sorted({u.class_index for u in self.units})}
+        self.ends: set[int] = set()
+        self.extra: dict[int, list[Collective]] = {}
+
+    def result(self) -> SequenceParallel:
+        """The answer, once it is clear that no class and no end is on both sides."""
+        graph = self.search.graph
+        for unit in graph.units:
+            if unit.class_index in self.classes and unit.position not in self.positions:
+                return SequenceParallel(False, reason=f"{unit.fqn} is the same inside the stretch and outside")
+            self._borders(unit)
+        ends = {graph.units[p].fqn for p in self.ends}
+        if any(u.fqn in ends and u.position not in self.ends for u in self.units):
+            return SequenceParallel(False, reason="a module is called inside the stretch and at its end")
+        modules = dict.fromkeys(m for u in self.units for m in self._modules(u))
+        for index, extra in self.extra.items():
+            outcome = self.search.outcomes[index]
+            self.classes[index] = ClassSequence(collectives=(*outcome.collectives, *extra))
+        return SequenceParallel(
+            possible=True,
+            modules=tuple(modules),
+            tokens=self.tokens,
+            scattered=frozenset(absolute(u.fqn, f) for u in self.units for f in self.found[u.class_index].scattered),
+            ends=tuple(sorted(ends)),
+            streams=frozenset(
+                (u.position, i)
+                for u in self.units
+                for i, split in enumerate(self.found[u.class_index].outputs)
+                if split and u.position not in self.ends
+            ),
+            classes=self.classes,
+        )
+
+    def _modules(self, unit: Unit) -> Iterator[str]:
+        yield unit.fqn
+        yield from sorted(absolute(unit.fqn, fqn) for fqn in self.found[unit.class_index].modules if fqn)
+
+    def _borders(self, unit: Unit) -> None:
+        """What a unit reads across the borders of the stretch.
+
+        A split stream read outside is gathered; a whole one read inside is cut, and its gradient gathered. Both are
+        counted with the unit outside.
+        """
+        graph = self.search.graph
+        cls, inside = graph.classes[unit.class_index], unit.position in self.positions
+        for (position, output), tensor in zip(unit.sources, cls.inputs, strict=True):
+            if position < 0 or (position in self.positions) == inside:
+                continue
+            maker = graph.units[position]
+            n_bytes = tensor_bytes(cls.tensors[tensor])
+            if inside and is_stream(cls, tensor):
+                self._add(maker.class_index, "backward", n_bytes)
+            elif not inside and self.found[maker.class_index].outputs[output]:
+                self._add(unit.class_index, "forward", n_bytes)
+                self.ends.add(position)
+
+    def _add(self, index: int, phase: str, n_bytes: Affine) -> None:
+        gather = Collective(phase, "all_gather", n_bytes, "")
+        known = self.extra.setdefault(index, [])
+        if gather not in known:
+            known.append(gather)
 
 
-def _follow(search: Search, unit: Unit, states: tuple[State, ...]) -> _Found:
-    """The states of a unit's outputs; a conflict names the module in its field `weight`."""
-    index = unit.class_index
+def _changes(search: Search, index: int, stream: Stream) -> ClassSequence:
+    """A class's collectives and kept tensors with the stream split."""
     cls, outcome = search.graph.classes[index], search.outcomes[index]
-    walk = _walk(search, index)
-    for tensor, state in zip(cls.inputs, states, strict=True):
-        walk.out.states[tensor] = state
-    found = _Found([])
-    live = live_operators(walk)
-    gathered: set[str] = set(outcome.regions)  # modules at whose door the tokens are gathered anyway
-    while True:
-        try:
-            _interpret(walk, search, index, live, gathered, found)
-            break
-        except Conflict as conflict:
-            door = _door(outcome, conflict.weight, gathered)
-            if door is None and not outcome.rows and not outcome.columns:
-                return _Found([Whole()] * len(cls.outputs))  # a unit between two streams: gathered before it
-            if door is None:
-                raise
-            gathered.add(door)
-    found.outputs = [s if _is_stream(s := walk.state(t)) else Whole() for t in cls.outputs]
-    return found
+    gathered = {storage for storage, _ in stream.gathers}
+    saved = {cls.tensors[t].base for op in cls.ops if outcome.op_split[op.index] == "n" for t in op.saved}
+    split = {cls.tensors[t].base for t in stream.tensors} | stream.tensors
+    return ClassSequence(
+        streams=frozenset(split),
+        works=frozenset(stream.works),
+        gathered=frozenset(gathered & saved),
+        collectives=tuple(_collectives(cls, outcome, stream, gathered)),
+        gradient_sums=tuple(
+            Collective("backward", "all_reduce", tensor_bytes(cls.tensors[tensor]), name)
+            for name, tensor in sorted(stream.parameters.items())
+        ),
+    )
 
 
-def _door(outcome: Outcome, fqn: str, gathered: set[str]) -> str | None:
-    """The child of the unit around module `fqn`, if layers inside it gather the tokens at its door already."""
-    child = fqn.partition(".")[0]
-    sums = [*outcome.rows, *outcome.regions]
-    inner = any(inside(layer.partition(":")[0], child) for layer in sums)
-    return child if child and not fqn.startswith("/") and inner and child not in gathered else None
+def _collectives(cls: UnitClass, outcome: Outcome, stream: Stream, gathered: set[int]) -> Iterator[Collective]:
+    """Sums after row layers become scatters, sums of col layers' input gradients too; each has its gather."""
+    replaced = {
+        (tensor_bytes(cls.tensors[tensor]), module)
+        for (tensor, _), module in outcome.inputs_summed.items()
+        if tensor in gathered
+    }
+    for (storage, _), module in stream.gathers.items():
+        yield from _pair("all_gather", "reduce_scatter", tensor_bytes(cls.tensors[storage]), module)
+    for item in outcome.collectives:
+        if item.phase == "forward" and item.collective == "all_reduce" and item.module in stream.scattered:
+            yield from _pair("reduce_scatter", "all_gather", item.bytes, item.module)
+        elif item.phase != "backward" or (item.bytes, item.module) not in replaced:
+            yield item
 
 
-def _interpret(
-    walk: Interpreter, search: Search, index: int, live: set[int], gathered: set[str], found: _Found
-) -> None:
-    outcome = search.outcomes[index]
-    for op in walk.cls.ops:
-        if op.index not in live or all(t in walk.views for t in op.outputs):
-            continue
-        try:
-            states = _step(walk, outcome, op, gathered)
-        except Conflict as conflict:
-            raise Conflict(conflict.modules, conflict.reason, weight=op.fqn) from None
-        for tensor, state in zip(op.outputs, states, strict=False):
-            walk.out.states[tensor] = state
-        if any(_is_stream(walk.state(t)) for t in op.outputs):
-            found.lengths |= set(_lengths(walk, op))
-            if op.fqn not in search.layers[index]:
-                found.modules.add(op.fqn)
-
-
-def _walk(search: Search, index: int) -> Interpreter:
-    layer = Layer(_TOKENS, "", "linear", 1, 1)
-    cls = search.graph.classes[index]
-    return Interpreter(cls, {_TOKENS: layer}, {_TOKENS: Decision("col")}, lambda name: False, search.views[index])
-
-
-def _is_stream(state: State) -> bool:
-    return isinstance(state, Split) and _TOKENS in state.sources
-
-
-def _lengths(walk: Interpreter, op: Op) -> Iterator[int]:
-    for tensor in op.outputs:
-        state = walk.state(tensor)
-        if isinstance(state, Split) and _is_stream(state):
-            yield walk.sizes[tensor][state.dim] // state.outer
-
-
-def _step(walk: Interpreter, outcome: Outcome, op: Op, gathered: set[str]) -> list[State]:
-    """The token states of an operator's outputs."""
-    split = [isinstance(outcome.states[t], Split | Partial) for t in op.outputs]
-    within = any(inside(op.fqn, door) for door in gathered)
-    if any(split) or _gathers(outcome, op):
-        return [Whole()] * len(op.outputs)  # behind a col layer, which gathers the tokens
-    if within or any(isinstance(outcome.states[t], Split | Partial) for t in op.inputs):
-        return [_scattered(walk, t) for t in op.outputs]  # a row layer's sum, scattered
-    base = op.name.split(".")[-2]
-    if base in PRODUCTS and isinstance(walk.state(operands(op, base)[2]), Weight):
-        return [_whole_layer(walk, op, base)]
-    if not any(_is_stream(walk.state(t)) for t in op.inputs):
-        return [Whole()] * len(op.outputs)
-    walk.step(op)
-    return [walk.state(t) for t in op.outputs]
-
-
-def _gathers(outcome: Outcome, op: Op) -> bool:
-    return op.fqn in outcome.columns and outcome.op_split[op.index] == "n"
-
-
-def _scattered(walk: Interpreter, tensor: int) -> State:
-    """The stream after a row layer: (batch, tokens, features), or its flattening."""
-    shape = walk.sizes[tensor]
-    if not walk.cls.tensors[tensor].requires_grad:
-        return Whole()
-    if len(shape) == 3 and shape[0] == PROBE:
-        return _STREAM
-    if len(shape) == 2 and shape[0] % PROBE == 0 and shape[0] > PROBE:
-        return Split(0, frozenset({_TOKENS}), outer=PROBE)
-    return Whole()
-
-
-def _whole_layer(walk: Interpreter, op: Op, base: str) -> State:
-    """A layer that stays whole works on its tokens alone (its weight's gradients are then summed)."""
-    state = walk.state(operands(op, base)[1])
-    if isinstance(state, Split) and state.dim == len(walk.sizes[op.outputs[0]]) - 1:
-        raise Conflict(state.sources, "a whole layer sums over the tokens")
-    return state if _is_stream(state) else Whole()
+def _pair(forward: str, backward: str, n_bytes: Affine, module: str) -> Iterator[Collective]:
+    yield Collective("forward", forward, n_bytes, module)
+    yield Collective("backward", backward, n_bytes, module)

@@ -1,54 +1,60 @@
-"""Sequence parallelism equals one process: loss and every gradient, on streams that people write differently."""
+"""Sequence parallelism equals one process: loss, every gradient and what is communicated, as the planner says."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import pytest
 import torch
 from numeric import check_gradients, run_plan
-from test_numeric import MODELS, plan_of
-from tpplan.planner.plan import Plan
-
-LISTED: dict[str, list[str]] = {
-    "nanogpt": ["", "ln_1", "attn.resid_dropout", "ln_2", "mlp.dropout"],
-    "llama": ["", "input_layernorm", "post_attention_layernorm"],
-    "bert": [
-        *("attention.output", "attention.output.dropout", "attention.output.LayerNorm"),
-        *("output", "output.dropout", "output.LayerNorm"),
-    ],
-}
+from test_numeric import LAYOUTS, plan_of
+from test_tensor_parallel import SEQ, TARGETS, check, one_step
+from tpplan.planner.graph import ModelGraph
+from tpplan.planner.plan import ModuleStyle, TensorParallelSection
+from tpplan.planner.sharding import Sharding, analyse, with_sequence_parallel
+from tpplan.planner.target import load_target
+from tpplan.planner.trace import trace
 
 
-def sequence_plan(model: str, **options: Any) -> Plan:
-    """A plan of an example model whose stream is split, by hand."""
-    plan = plan_of(model, **options)
-    blocks = [unit for unit in MODELS[model]["units"] if unit.rpartition(".")[2].isdigit()]
-    styles = {
-        fqn: style.model_copy(update={"output": "sequence"}) if style.style == "row" else style
-        for fqn, style in plan.tensor_parallel.styles.items()
-    }
-    section = plan.tensor_parallel.model_copy(
-        update={
-            "styles": styles,
-            "sequence_parallel": True,
-            "sequence_modules": [f"{block}.{name}".rstrip(".") for block in blocks for name in LISTED[model]],
-            "sequence_ends": blocks[-1:],
-        }
+@cache
+def planned(target: str, args: tuple[tuple[str, str], ...] = ()) -> tuple[ModelGraph, Sharding]:
+    graph = trace(load_target(target, model_args=dict(args)), sequence_length=SEQ, precision="fp32")
+    sharding = with_sequence_parallel(graph, analyse(graph))
+    assert sharding is not None
+    return graph, sharding
+
+
+def section_of(sharding: Sharding) -> TensorParallelSection:
+    return TensorParallelSection(
+        styles={
+            fqn: ModuleStyle.model_validate({"style": s.style, "sizes": s.sizes, "output": s.output})
+            for fqn, s in sharding.styles.items()
+        },
+        attention=sorted(sharding.attention),
+        loss_parallel=sharding.loss_parallel,
+        sequence_parallel=True,
+        sequence_modules=list(sharding.sequence.modules),
+        sequence_ends=list(sharding.sequence.ends),
     )
-    return plan.model_copy(update={"tensor_parallel": section})
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": {"tp": 2},
-    "tp2xdp2": {"tp": 2, "dp_shard": 2},
-    "tp2xpp2": {"tp": 2, "pp": 2},
-}
+@pytest.mark.parametrize("name", ["unbound", "rotary", "one key", "llama", "bert", "nanogpt"])
+def test_gradients_and_collectives(pool, name: str) -> None:
+    target, args = TARGETS[name]
+    graph, sharding = planned(target, tuple(args.items()))
+    phases = [c.phase for u in graph.units for c in sharding.of_class(u.class_index).collectives]
+    section = section_of(sharding)
+    for result in pool.run(one_step, world=2, target=target, args=args, section=section, how="plain"):
+        check(result)
+        assert result["comm"] == (phases.count("forward"), phases.count("backward"))
 
 
-@pytest.mark.parametrize("model", LISTED)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_equal_one_process(pool, model: str, layout: str) -> None:
-    plan = sequence_plan(model, **LAYOUTS[layout])
-    results = pool.run(run_plan, world=plan.mesh.world_size, plan=plan)
-    check_gradients(plan, results, torch.float64, 1e-9)
+@pytest.mark.parametrize(
+    ("model", "layout"), [("llama", "tp2xdp2"), ("llama", "tp2xpp2"), ("nanogpt", "tp2xpp2"), ("bert", "tp2xdp2")]
+)
+def test_gradients_of_layouts(pool, model: str, layout: str) -> None:
+    plan = plan_of(model, **LAYOUTS[layout])
+    args = tuple(plan.model.model_args.items())
+    section = section_of(planned(plan.model.target, args)[1])
+    plan = plan.model_copy(update={"tensor_parallel": section})
+    check_gradients(plan, pool.run(run_plan, plan=plan), torch.float64, 1e-9)
