@@ -14,7 +14,8 @@ from ..planner.inputs import Inputs
 from ..planner.target import Target
 from .mesh import RankMesh
 from .pipeline import pack, unpack
-from .placements import unwrap_activation, wrap_activation
+from .placements import unwrap_activation
+from .sequence import received_part, sent_part
 from .stubs import Border, StageExit
 
 
@@ -70,13 +71,15 @@ class Part(nn.Module):
         if self._in_place:
             tensors = tuple(tensor.clone() for tensor in tensors)
         if self._tp is not None:
-            tensors = tuple(wrap_activation(tensor, self._tp) for tensor in tensors)
+            wires = zip(tensors, self._border.receives, strict=True)
+            tensors = tuple(received_part(tensor, wire, self._tp) for tensor, wire in wires)
         self._border.enter(tensors)
         extra = {} if self._num_items is None else self._target.forward_kwargs(self._num_items)
         try:
             output = self.model(*inputs.args, **inputs.kwargs, **extra)
         except StageExit as exit:
-            return pack([unwrap_activation(tensor) for tensor in exit.tensors], self._border.sends)
+            wires = zip(exit.tensors, self._border.sends, strict=True)
+            return pack([sent_part(tensor, wire) for tensor, wire in wires], self._border.sends)
         self._border.leave()
         loss = unwrap_activation(self._target.loss(output, inputs, self._num_items))
         return (loss.reshape(1) * self._loss_scale).to(self.loss_dtype)

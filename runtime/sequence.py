@@ -9,15 +9,17 @@ run on 1/tp of them. What changes its placement:
     out of a row layer                    reduce-scatter     all-gather
     out of the stream's last unit         all-gather         slice
 
+A border between pipeline stages inside the stretch sends each rank's tokens.
+
 Weights that the stream's modules read stay whole; each rank has the part of their gradient that its tokens give,
 and `fully_shard` sums these over tp when it reduces them over data parallel ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +28,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..planner.plan import TensorParallelSection
 from .compat import tree_map_only
-from .placements import mark_summed
+from .placements import mark_summed, split_over_ranks, unwrap_activation, wrap_activation
+from .stubs import Wire
 
 TOKENS = 1  # dimension of the stream (batch, tokens, features)
 _STREAM_RANK = 3
@@ -36,8 +39,6 @@ _GATHERED = "_tpplan_gathered"
 
 def split_stream(model: nn.Module, section: TensorParallelSection, mesh: DeviceMesh) -> None:
     """Hook where the stream of `model` is split along its tokens, and where it is whole again.
-
-    Modules of other pipeline stages (absent) are passed over.
 
     Parameters
     ----------
@@ -81,6 +82,28 @@ def gathered_once(tensor: DTensor) -> DTensor:
 def scatter_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
     """Hook of a row layer: its partial sums are added, each rank keeps its tokens."""
     return output.redistribute(placements=[Shard(TOKENS) if output.ndim == _STREAM_RANK else Replicate()])
+
+
+def split_wire(wire: Wire, section: TensorParallelSection, degree: int) -> Wire:
+    """The wire, of which each of `degree` tp ranks sends its tokens if the stream is split where it was made."""
+    shape, made = wire.meta.shape, wire.fqn in section.sequence_modules and wire.fqn not in section.sequence_ends
+    stream = wire.meta.requires_grad and len(shape) == _STREAM_RANK and shape[TOKENS] % degree == 0
+    if degree == 1 or not (section.sequence_parallel and made and stream):
+        return wire
+    local = (shape[0], shape[TOKENS] // degree, shape[2])
+    return replace(wire, meta=replace(wire.meta, shape=local), tokens=True)
+
+
+def received_part(tensor: torch.Tensor, wire: Wire, mesh: DeviceMesh) -> torch.Tensor:
+    """What came over a wire as the model is to see it."""
+    return split_over_ranks(tensor, TOKENS, mesh) if wire.tokens else wrap_activation(tensor, mesh)
+
+
+def sent_part(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
+    """The plain tensor that this rank sends over a wire."""
+    if not wire.tokens:
+        return unwrap_activation(tensor)
+    return cast(DTensor, tensor).redistribute(placements=[Shard(TOKENS)]).to_local()
 
 
 def _around(fqn: str) -> set[str]:

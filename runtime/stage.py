@@ -29,6 +29,7 @@ from .initialise import Materialiser, initial_tensors
 from .mesh import RankMesh
 from .part import Part
 from .recompute import wrap_units
+from .sequence import split_wire
 from .stubs import Border, answer_for_parameters, hollow_parameter, hook_own_units, parse_wire, stub_unit
 from .tensor_parallel import apply_tensor_parallel
 from .unit_outputs import UnitOutputs, record_unit_outputs
@@ -160,8 +161,9 @@ def _cut_out(
     if len(plan.stages) == 1:
         return border
     aliases, whole = parameter_aliases(model), dict(model.named_parameters())
-    border.receives = tuple(parse_wire(name, outputs) for name in section.receives)
-    border.sends = tuple(parse_wire(name, outputs) for name in section.sends)
+    tp = plan.mesh.tensor_parallel_degree
+    wires = [[parse_wire(name, outputs) for name in names] for names in (section.receives, section.sends)]
+    border.receives, border.sends = (tuple(split_wire(w, plan.tensor_parallel, tp) for w in side) for side in wires)
     for fqn in (fqn for stage in plan.stages for fqn in stage.modules):
         if fqn not in section.modules:
             stub_unit(model, fqn, outputs, border, device)

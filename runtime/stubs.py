@@ -25,12 +25,16 @@ from .unit_outputs import Leaf, UnitOutput, UnitOutputs
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One tensor that crosses a border between stages: leaf `leaf` of what call `call` of unit `fqn` returns."""
+    """One tensor that crosses a border between stages: leaf `leaf` of what call `call` of unit `fqn` returns.
+
+    `tokens`: a split stream, of which each tp rank sends its tokens (`meta` has the shape that it sends).
+    """
 
     fqn: str
     call: int
     leaf: int
     meta: Leaf
+    tokens: bool = False
 
     @property
     def key(self) -> tuple[str, int, int]:

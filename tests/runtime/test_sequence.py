@@ -14,6 +14,9 @@ from tpplan.planner.plan import ModuleStyle, TensorParallelSection
 from tpplan.planner.sharding import Sharding, analyse, with_sequence_parallel
 from tpplan.planner.target import load_target
 from tpplan.planner.trace import trace
+from tpplan.runtime.sequence import split_wire
+from tpplan.runtime.stubs import Wire
+from tpplan.runtime.unit_outputs import Leaf
 
 
 @cache
@@ -58,3 +61,16 @@ def test_gradients_of_layouts(pool, model: str, layout: str) -> None:
     section = section_of(planned(plan.model.target, args)[1])
     plan = plan.model_copy(update={"tensor_parallel": section})
     check_gradients(plan, pool.run(run_plan, plan=plan), torch.float64, 1e-9)
+
+
+def test_a_border_inside_the_stretch_sends_each_ranks_tokens() -> None:
+    section = section_of(planned(TARGETS["llama"][0])[1])
+
+    def sent(fqn: str, shape: tuple[int, ...], degree: int = 2) -> tuple[int, ...]:
+        return split_wire(Wire(fqn, 0, 0, Leaf(shape, torch.float32, True)), section, degree).meta.shape
+
+    assert sent("model.layers.1", (3, 16, 64)) == (3, 8, 64)
+    assert sent("model.layers.1", (3, 16, 64), degree=1) == (3, 16, 64)
+    assert sent("model.layers.1", (3, 1, 16, 16)) == (3, 1, 16, 16)
+    assert sent("model.layers.3", (3, 16, 64)) == (3, 16, 64)  # the end of the stretch: gathered
+    assert sent("model.embed_tokens", (3, 16, 64)) == (3, 16, 64)
