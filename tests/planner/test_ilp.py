@@ -9,9 +9,7 @@ from math import inf
 
 import pytest
 from brute_force import price_one, splits
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from instances import Known, every, known, random_problem
+from instances import Known, known, random_problem
 from tpplan.costmodels.schedules import SCHEDULES
 from tpplan.planner import solve as solve_module
 from tpplan.planner.engine import ENGINES, Outcome
@@ -141,20 +139,6 @@ def test_a_pick_that_rounding_let_through_is_tightened_away(monkeypatch: pytest.
     assert solution.assignment is not None
     assert sum(solution.assignment.choices) == 1
     assert solution.lower_bound_s <= solution.objective_s == 4 * 25
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), more=st.integers(1, 60))
-def test_more_memory_is_never_worse(seed: int, share: float, more: int) -> None:
-    rng = random.Random(seed)
-    problem = random_problem(rng, 4)
-    peaks = sorted(max(e.stage_bytes) for _, e in every(problem))
-    if not peaks:
-        return
-    limit = peaks[int(share * (len(peaks) - 1))]
-    small = solve(replace(problem, memory_bytes=limit), gap=0.0)
-    large = solve(replace(problem, memory_bytes=limit + more), gap=0.0)
-    assert large.objective_s <= small.objective_s * (1 + 1e-9)
 
 
 def test_a_real_size_is_quick() -> None:
