@@ -102,6 +102,18 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
     metavar="FILE.toml",
     help="Pins from a file with tables fix, max, min, forbid, layers; the command line goes first.",
 )
+@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Rank so many different layouts.")
+@click.option(
+    "--objective",
+    type=click.Choice(["time", "memory", "gpus", "cost"]),
+    default="time",
+    show_default=True,
+    help="Minimise the step time; the memory of a GPU; the GPUs for --target-step-time; the money of a step.",
+)
+@click.option(
+    "--target-step-time", "target_step_time_s", type=float, metavar="S", help="Step time that --objective gpus reaches."
+)
+@click.option("--price", "price_per_gpu_hour", type=float, metavar="MONEY", help="One GPU for one hour, for cost.")
 @click.option(
     "--gap",
     type=click.FloatRange(0, 1),

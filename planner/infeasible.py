@@ -3,54 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import ceil
 
 from ..errors import InfeasibleError, TpplanError
-from ..units import GIB, format_seconds, gib
-from .assemble import memory_parts
-from .mesh import Mesh
-from .planning import Solved, Subject, solve_for
+from ..units import format_seconds, gib
+from .planning import Solved, Subject
 from .repairs import Repair, find_repairs
-
-
-@dataclass(frozen=True, slots=True)
-class Shortfall:
-    """The least memory that is missing, over all plans of the space.
-
-    limit_bytes : the least limit of a device under which something fits
-    missing_bytes : that, less the request's limit
-    mesh : the mesh that needs the least
-    rank : its fullest pipeline rank
-    parts : bytes of that rank by part, largest first
-    """
-
-    limit_bytes: int
-    missing_bytes: int
-    mesh: Mesh
-    rank: int
-    parts: tuple[tuple[str, int], ...]
-
-
-def shortfall(subject: Subject, solved: Solved) -> Shortfall:
-    """What is missing at least; the plan that needs it is solved for, so that its parts are those of a real plan."""
-    model, result = solved.model, solved.result
-    mesh = Mesh(*result.shortfall_key)
-    active = model.active_limit(mesh) + result.shortfall_bytes
-    limit = active + model.reserve_bytes(active) + sum(model.fixed_bytes(mesh).values())
-    request = replace(model.request, memory_limit_bytes=limit)
-    least = solve_for(subject, request, prepared=(type(model)(*_inputs(subject), request), [mesh]))
-    missing = limit - model.request.memory_limit_bytes
-    if least.best is None:
-        return Shortfall(limit, missing, mesh, result.shortfall_stage, ())
-    parts = memory_parts(least.model, mesh, least.best.assignment, least.best.evaluation)
-    rank = max(range(len(parts)), key=lambda r: sum(parts[r].values()))
-    largest = sorted(((n, b) for n, b in parts[rank].items() if b), key=lambda item: -item[1])
-    return Shortfall(limit, missing, mesh, rank, tuple(largest))
-
-
-def _inputs(subject: Subject):
-    return subject.graph, subject.sharding, subject.profile
+from .shortfall import Shortfall, shortfall
 
 
 def no_plan(subject: Subject, solved: Solved, repair_s: float, say: Callable[[str, str], None]) -> TpplanError:
@@ -68,7 +26,7 @@ def no_plan(subject: Subject, solved: Solved, repair_s: float, say: Callable[[st
     if repair_s > 0:
         say("repairs", "nothing fits; solving for what would")
         lines = repair_lines(*find_repairs(subject, solved.request, short.limit_bytes, repair_s)) or lines
-    return InfeasibleError(f"{_message(short, request.memory_limit_bytes)}", "\n".join(lines))
+    return InfeasibleError(_message(short, request.memory_limit_bytes), "\n".join(lines))
 
 
 def _message(short: Shortfall, limit_bytes: int) -> str:
@@ -100,8 +58,3 @@ def repair_lines(working: list[Repair], tried: list[str]) -> list[str]:
     if tried:
         lines.append(f"Tried in vain: {', '.join(tried)}.")
     return lines
-
-
-def round_up_gib(n_bytes: int) -> int:
-    """Whole GiB that hold `n_bytes`."""
-    return ceil(n_bytes / GIB)

@@ -16,8 +16,9 @@ from .layer_pins import bind_layers
 from .mesh import Mesh, enumerate_meshes
 from .plan import Plan
 from .request import Request
-from .search import Candidate, Progress, Ranked, SearchResult, search
+from .search import Progress, Ranked, SearchResult, search
 from .sharding import Sharding
+from .space_bounds import space_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Subject:
     sharding: Sharding
     profile: Profile
     retrace: Callable[[int, str], Subject] | None = None
+
+    def costs(self, request: Request) -> CostModel:
+        """The cost model of a request, its layer pins bound to the units."""
+        bound = replace(request, pins=bind_layers(request.pins, self.graph, self.sharding))
+        return CostModel(self.graph, self.sharding, self.profile, bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +88,14 @@ def prepare(subject: Subject, request: Request) -> tuple[CostModel, list[Mesh]]:
     UsageError, InfeasibleError
         If the pins (or the batch) leave no mesh; the constraint that they break is named.
     """
-    pins = bind_layers(request.pins, subject.graph, subject.sharding)
-    model = CostModel(subject.graph, subject.sharding, subject.profile, replace(request, pins=pins))
-    legal = subject.sharding.degrees_allowed(min(request.gpus, request.gpus_per_node))
-    stages = 1 + sum(facts.cut_after for facts in model.facts)
+    model = subject.costs(request)
 
     def meshes_of(wanted: Request) -> list[Mesh]:
-        return enumerate_meshes(wanted, legal, stages)
+        return enumerate_meshes(wanted, model.space, model.links)
 
     meshes = meshes_of(model.request)
     if not meshes:
-        raise no_mesh(model.request, subject.graph.name, subject.sharding, stages, meshes_of)
+        raise no_mesh(model.request, subject.graph.name, subject.sharding, model.space.stages, meshes_of)
     return model, meshes
 
 
@@ -114,11 +117,12 @@ def solve_for(
     """
     model, meshes = prepared or prepare(subject, request)
     result = search(
-        [Candidate(astuple(mesh), partial(model.problem, mesh)) for mesh in meshes],
+        space_candidates(model, meshes),
         gap=request.gap,
         time_limit_s=request.time_limit_s,
         on_progress=options.on_progress,
         top=options.top,
+        **({"group": layout_key} if options.top > 1 else {}),
     )
     return Solved(model, meshes, result)
 
@@ -126,4 +130,4 @@ def solve_for(
 def layout_key(key: tuple) -> Hashable:
     """What makes two meshes different layouts: the degrees and the chunks a rank, not microbatches or trifles."""
     mesh = Mesh(*key)
-    return (mesh.tp, mesh.pp, mesh.dp_replicate, mesh.dp_shard, getattr(mesh, "virtual", 1))
+    return (mesh.tp, mesh.pp, mesh.dp_replicate, mesh.dp_shard, mesh.virtual)

@@ -11,15 +11,17 @@ from typing import Any
 from ..errors import UsageError
 from ..hardware_profiles.catalog import Profile, load_profile, match_gpu
 from ..units import GIB
+from .alternatives import alternatives
 from .assemble import model_section
 from .baselines import plain_fsdp, rule_of_thumb
 from .graph import ModelGraph
 from .infeasible import no_plan
 from .local_gpus import local_gpu_names
+from .objectives import Goal, reach
 from .pins import parse_pins
 from .plan import Plan, SolverSection
 from .plan_notes import assumptions, notes, space_description
-from .planning import SearchOptions, Solved, Subject, prepare, solve_for
+from .planning import SearchOptions, Solved, Subject
 from .request import Request
 from .search import SearchResult
 from .sharding import Sharding, analyse
@@ -93,6 +95,10 @@ def suggest_in_detail(
     pins_file: str | Path | None = None,
     time_limit_s: float | None = None,
     gap: float = 0.005,
+    top: int = 1,
+    objective: str = "time",
+    target_step_time_s: float | None = None,
+    price_per_gpu_hour: float | None = None,
     repair_s: float = REPAIR_S,
     model_args: Mapping[str, str] | None = None,
     inputs: Sequence[str] = (),
@@ -121,6 +127,10 @@ def suggest_in_detail(
         Pins in a TOML file, see `pins_file.read_pins_file`.
     time_limit_s, gap : float
         When the search stops.
+    top : int
+        How many different layouts to rank (`Plan.alternatives`); the proof then covers the last of them.
+    objective, target_step_time_s, price_per_gpu_hour : str, float, float
+        See `objectives.Goal`.
     repair_s : float
         If nothing fits, seconds to look for what would; 0 does not look.
     say, on_progress : callable, optional
@@ -134,6 +144,7 @@ def suggest_in_detail(
     say = say or (lambda name, text: None)
     clock = _Clock()
     pins = parse_pins(fix, most, least, forbid, pins_file)
+    goal = Goal(objective, target_step_time_s, price_per_gpu_hour)
     profile, why = choose_profile(hardware)
     if gpus < 1:
         raise UsageError(f"--gpus is {gpus}; a plan needs at least one GPU.", "Give --gpus 1 or more.")
@@ -161,37 +172,44 @@ def suggest_in_detail(
     say("trace", f"tracing {loaded.name} at sequence length {length}")
     subject = traced(loaded, profile, length, precision)
     clock.lap("trace")
-    prepared = prepare(subject, request)
-    model, meshes = prepared
-    say("search", f"searching {len(meshes)} meshes")
-    clock.lap("costs")
-    solved = solve_for(subject, request, SearchOptions(on_progress=on_progress), prepared)
+    reached = reach(subject, request, goal, SearchOptions(top, on_progress), say)
+    solved = reached.solved
     clock.lap("search")
     if solved.best is None:
         raise no_plan(subject, solved, repair_s, say)
-    graph, sharding = subject.graph, subject.sharding
+    asked = {"target": target, "model_args": dict(model_args or {}), "input_spec": list(inputs)}
+    length_from = "" if seq_len else default.source
     fields = {
+        **model_fields(subject.graph, loaded, asked),
+        "solver": solver_section(solved.result, goal, reached.proofs, clock),
+        "baselines": [b for b in (rule(solved.model, solved.meshes) for rule in (rule_of_thumb, plain_fsdp)) if b],
+        "assumptions": assumptions(
+            solved.request, profile, why, length_from, global_batch is None, memory_limit_gib is None
+        ),
+        "notes": [
+            *opaque_notes(subject.graph),
+            *subject.graph.notes,
+            *notes(subject.graph, subject.sharding, loaded.loss_weighting),
+        ],
+    }
+    plan = solved.plan(solved.best, {**fields, "alternatives": alternatives(solved, fields)})
+    clock.lap("plan")
+    return Suggestion(plan, subject, solved, clock.seconds)
+
+
+def model_fields(graph: ModelGraph, loaded: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a plan that say what was planned, and with which versions."""
+    return {
         "tpplan_version": _version("tpplan"),
         "torch_version": _version("torch"),
         "model": model_section(
             graph,
             layers=len(graph.units),
-            target=target,
-            model_args=dict(model_args or {}),
-            input_spec=list(inputs),
             loss=graph.loss or loaded.loss_description,
             loss_weighting=loaded.loss_weighting,
+            **asked,
         ),
-        "solver": solver_section(solved.result, clock.total()),
-        "baselines": [b for b in (rule_of_thumb(model, meshes), plain_fsdp(model, meshes)) if b is not None],
-        "assumptions": assumptions(
-            request, profile, why, "" if seq_len else default.source, global_batch is None, memory_limit_gib is None
-        ),
-        "notes": opaque_notes(graph) + list(graph.notes) + notes(graph, sharding, loaded.loss_weighting),
     }
-    plan = solved.plan(solved.best, fields)
-    clock.lap("plan")
-    return Suggestion(plan, subject, solved, clock.seconds)
 
 
 def traced(loaded: Any, profile: Profile, sequence_length: int, precision: str) -> Subject:
@@ -236,24 +254,29 @@ def choose_profile(hardware: str | None) -> tuple[Profile, str]:
     return load_profile(DEFAULT_HARDWARE), "no local GPU; the default"
 
 
-def solver_section(result: SearchResult, wall_s: float) -> SolverSection:
+def solver_section(result: SearchResult, goal: Goal, proofs: Sequence[str], clock: _Clock) -> SolverSection:
     """The certificate of the search."""
     assert result.best is not None
     import highspy
 
-    return SolverSection(
-        status="optimal" if result.status == "optimal" else "feasible",
-        objective_s=result.best.evaluation.step_time_s,
-        lower_bound_s=result.lower_bound_s,
-        gap=result.gap,
-        wall_s=wall_s,
-        name="HiGHS through PuLP",
-        version=highspy.Highs().version(),
-        candidates=result.candidates,
-        pruned=dict(result.pruned),
-        solved=result.solved,
-        space=space_description(),
-    )
+    fields = {
+        "status": "optimal" if result.status == "optimal" else "feasible",
+        "objective_s": result.best.evaluation.step_time_s,
+        "lower_bound_s": result.lower_bound_s,
+        "gap": result.gap,
+        "wall_s": clock.total(),
+        "name": "HiGHS through PuLP",
+        "version": highspy.Highs().version(),
+        "candidates": result.candidates,
+        "pruned": dict(result.pruned),
+        "solved": result.solved,
+        "infeasible": result.infeasible,
+        "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+        "objective": goal.objective,
+        "proofs": list(proofs),
+        "space": space_description(),
+    }
+    return SolverSection.model_validate(fields)
 
 
 def _version(package: str) -> str:

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..planner.plan import Baseline, MeshSection, Plan
+from ..planner.alternatives import TIED, in_order, row_of
+from ..planner.plan import Alternative, Baseline, MeshSection, Plan
 from ..units import format_count, format_seconds, gib
 
 
@@ -47,6 +48,7 @@ def plan_screen(plan: Plan) -> RenderableType:
         _heading(plan),
         _facts(plan),
         _memory(plan),
+        _ranking(plan),
         _comparison(plan),
         _certificate(plan),
         _list("Assumed (change with the flag)", plan.assumptions),
@@ -140,15 +142,59 @@ def _baseline_cells(plan: Plan, baseline: Baseline) -> list[str]:
     return [*cells, format_seconds(baseline.step_time_s), f"{ratio:.2f}x as fast"]
 
 
-def _certificate(plan: Plan) -> Text:
+def _ranking(plan: Plan) -> RenderableType:
+    """The layouts of the ranking, the plan among them; those that are tied in the order of memory margin."""
+    if not plan.alternatives:
+        return Text("")
+    limit = plan.hardware.memory_limit_bytes
+    own = row_of(plan, plan.predicted.step_time_s)
+    table = Table(
+        title=f"Layouts (* tied: within {TIED:.0%}, which the cost model cannot tell apart; by memory left)",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for column in ("", "layout", "microbatches", "schedule", "ZeRO", "recompute", "step", "slower", "GiB left", ""):
+        table.add_column(column)
+    for row in in_order([own, *plan.alternatives], limit):
+        slower = row.step_time_s / own.step_time_s - 1
+        table.add_row(
+            "*" if row.tied else "",
+            mesh_text(row.mesh),
+            f"{row.microbatches} x {row.microbatch_size}",
+            _schedule_text(row),
+            str(row.zero_stage),
+            row.recompute,
+            format_seconds(row.step_time_s),
+            f"{slower:.1%}",
+            f"{gib(limit - row.device_bytes):.1f}",
+            "this plan" if row is own else "",
+        )
+    return table
+
+
+def _schedule_text(row: Alternative) -> str:
+    if row.mesh.pipeline_parallel_degree == 1:
+        return "-"
+    return row.schedule + (f" v{row.virtual_stages}" if row.virtual_stages > 1 else "")
+
+
+def _certificate(plan: Plan) -> RenderableType:
+    """What was proven, over how many combinations, closed by what, in which time; and what the space leaves out."""
     s = plan.solver
     pruned = ", ".join(f"{n} by {name}" for name, n in s.pruned.items() if n) or "none"
-    return Text(
+    sure = f"gap {s.gap:.2%}" + ("" if s.status == "optimal" else ", the search was cut short")
+    proof = (
         f"Proof: step time is at least {format_seconds(s.lower_bound_s)} for every plan of the searched space "
-        f"(gap {s.gap:.2%}); {s.candidates} meshes, {s.solved} solved by {s.name} {s.version}, pruned: {pruned}; "
-        f"{s.wall_s:.1f} s.",
-        style="dim",
+        f"({sure}); {s.candidates} combinations: {s.infeasible} do not fit, pruned: {pruned}, "
+        f"{s.solved} solved by {s.name} {s.version}."
     )
+    lines = [proof, *(f"{said[0].upper()}{said[1:]}." for said in s.proofs)]
+    if s.seconds:
+        times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s.seconds.items())
+        lines.append(f"Seconds: {times}; {s.wall_s:.1f} in all.")
+    return Group(Text("\n".join(lines), style="dim"), _list("Searched space", s.space))
 
 
 def _list(title: str, lines: Sequence[str]) -> RenderableType:
