@@ -104,4 +104,6 @@ def rank_grid(section: MeshSection) -> torch.Tensor:
         "tp": section.tensor_parallel_degree,
     }
     laid_out = torch.arange(section.world_size).reshape([degrees[axis] for axis in section.order])
-    return laid_out.permute([section.order.index(axis) for axis in AXES]).contiguous()
+    grid = laid_out.permute([section.order.index(axis) for axis in AXES])
+    # By way of a flat tensor: torch's meshes look at strides, and axes of degree 1 keep theirs from their old place.
+    return grid.flatten().reshape(grid.shape)

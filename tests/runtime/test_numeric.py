@@ -18,13 +18,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "target": str(EXAMPLES / "nanogpt.py"),
         "model_args": GPT_ARGS,
         "units": [f"transformer.{u}" for u in GPT_UNITS] + ["lm_head"],
-        "cut": ("transformer.h.1", "transformer.h.1:0:0"),
+        "half": "transformer.h.1",
+        "quarters": [f"transformer.h.{i}" for i in range(3)],
     },
     "llama": {
         "target": str(EXAMPLES / "llama_tiny"),
         "units": ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "lm_head"],
         "replicated": ["model.rotary_emb"],
-        "cut": ("model.layers.1", "model.layers.1:0:0"),
+        "half": "model.layers.1",
+        "quarters": [f"model.layers.{i}" for i in range(3)],
     },
     "resnet": {
         "target": str(EXAMPLES / "resnet.py"),
@@ -34,18 +36,19 @@ MODELS: dict[str, dict[str, Any]] = {
             *(f"groups.{i}.{j}" for i in range(4) for j in range(2)),
             *("pool", "head"),
         ],
-        "cut": ("stem.1", "stem.1:0:0"),
+        "half": "stem.1",
+        "quarters": ["stem.1", "groups.1.0", "groups.2.1"],
     },
     "lora": {
         "target": str(EXAMPLES / "lora.py"),
         "model_args": {"n_layer": "4", "n_head": "4", "n_embd": "32", "block_size": "32", "vocab_size": "96"},
         "units": ["embed", *(f"layers.{i}" for i in range(4)), "norm", "head"],
-        "cut": ("embed", "embed:0:0"),
+        "half": "embed",
     },
     "bert": {
         "target": str(EXAMPLES / "bert_tiny"),
         "units": ["bert.embeddings", *(f"bert.encoder.layer.{i}" for i in range(4)), "cls"],
-        "cut": ("bert.encoder.layer.1", "bert.encoder.layer.1:0:0"),
+        "half": "bert.encoder.layer.1",
     },
 }
 
@@ -74,11 +77,10 @@ def styles_of(model: str) -> dict[str, ModuleStyle]:
 
 
 def plan_of(model: str, pp: int = 1, chunks: int = 1, **options: Any) -> Plan:
-    """A plan of one of the example models, cut in the middle into 2 stages or behind its first 3 blocks into 4."""
+    """A plan of one of the example models, cut into as many stages as pp x chunks."""
     spec = MODELS[model]
     units = spec["units"]
-    blocks = [unit for unit in units if unit.endswith((".0", ".1", ".2"))]
-    ends = {1: [], 2: [spec["cut"][0]], 4: blocks}[pp * chunks]
+    ends = {1: [], 2: [spec["half"]], 4: spec.get("quarters", ())}[pp * chunks]
     return write_plan(
         spec["target"],
         split(units, [units.index(end) + 1 for end in ends]),
@@ -113,7 +115,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gpipe, full recompute": {"pp": 2, "dp_shard": 2, "schedule": "gpipe", "recompute": "full"},
     "selective recompute": {"tp": 2, "pp": 2, "recompute": "selective"},
     "all axes": {"tp": 2, "dp_replicate": 2, "recompute": "full"},
+    "some units kept gathered": {"dp_shard": 2, "microbatches": 3, "kept": ["model.layers.0", "model.layers.2"]},
+    "tp outermost, pp innermost": {"tp": 2, "pp": 2, "order": ["tp", "cp", "dp_shard", "dp_replicate", "pp"]},
 }
+INTERLEAVED: list[tuple[str, dict[str, Any]]] = [
+    ("nanogpt", {"microbatches": 4}),
+    ("nanogpt", {"microbatches": 8, "dp_shard": 2, "kept": ["transformer.h.1"]}),
+    ("llama", {"microbatches": 4, "tp": 2, "recompute": "full"}),
+    ("llama", {"microbatches": 8, "dp_shard": 2, "order": ["dp_shard", "tp", "cp", "dp_replicate", "pp"]}),
+    ("resnet", {"microbatches": 4, "dp_replicate": 2, "sequence_length": 32, "microbatch_size": 2}),
+]
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -125,6 +136,13 @@ def test_gradients_equal_one_process(pool, model: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", OTHERS)
 def test_gradients_of_other_layouts(pool, layout: str) -> None:
     plan = plan_of("llama", **OTHERS[layout])
+    results = pool.run(run_plan, world=plan.mesh.world_size, plan=plan)
+    check_gradients(plan, results, torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize(("model", "options"), INTERLEAVED)
+def test_gradients_of_an_interleaved_schedule(pool, model: str, options: dict[str, Any]) -> None:
+    plan = plan_of(model, pp=2, chunks=2, **options)
     results = pool.run(run_plan, world=plan.mesh.world_size, plan=plan)
     check_gradients(plan, results, torch.float64, 1e-9)
 
