@@ -43,7 +43,7 @@ def layout(row: dict[str, Any]) -> str:
 def seconds(row: dict[str, Any]) -> list[str]:
     """Cells: imports, trace, bounds, ILPs, simulation, everything else of the process."""
     parts = row["solver"].get("seconds", {})
-    named = [parts.get(name) for name in ("imports", "trace", "bounds", "ilp", "simulation")]
+    named = [parts.get(name) for name in ("imports", "trace", "bounds", "ilps", "simulation")]
     rest = row["wall_s"] - sum(part for part in named if part is not None)
     return [*("–" if part is None else f"{part:.1f}" for part in named), f"{rest:.1f}"]
 
@@ -132,7 +132,7 @@ def exhaustive() -> str:
     found = json.loads(path.read_text())
     lines = ["| case | combinations | enumeration | search | best step, both | combinations better than the plan |"]
     lines.append("|---|---|---|---|---|---|")
-    for row in found["rows"]:
+    for row in found["rows"].values():
         lines.append(
             f"| {row['title']} | {row['combinations']:,} | {row['enumeration_s']:.0f} s | {row['search_s']:.1f} s "
             f"| {row['enumeration_step_s']:.6g} s, {row['search_step_s']:.6g} s | {row['better']} |"

@@ -28,7 +28,7 @@ CONFIG = ROOT / "examples" / "llama3_8b" / "config.json"
 LAYERS, GPUS = (24, 32, 48, 64, 80, 96, 112, 128), tuple(2**i for i in range(3, 15))
 LAYERS_ON, LAYERS_OF = 64, 32
 LIMIT_S = 300
-SEARCH = ("costs", "bounds", "ilp", "simulation", "search")
+SEARCH = ("search",)
 
 
 def main() -> None:
