@@ -128,6 +128,7 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
     metavar="S",
     help="Stop the search after S seconds.",
 )
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes of the search. [default: one a core]")
 @click.option(
     "-o",
     "--output",
@@ -325,7 +326,8 @@ class progress:
             best = format_seconds(event.incumbent_s) if event.incumbent_s < float("inf") else "none yet"
             bound = format_seconds(event.bound_s)
             self.status.update(
-                f"searching: best {best}, bound {bound}, gap {event.gap:.1%}, {event.done}/{event.total} meshes"
+                f"{event.phase}: best {best}, bound {bound}, gap {event.gap:.1%}, "
+                f"{event.total - event.done} of {event.total} combinations left"
             )
 
     def __exit__(self, *_error: object) -> None:

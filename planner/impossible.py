@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import InfeasibleError, TpplanError, UsageError
+from .mesh import LARGEST_TP, Space
 from .pins import Pin, Pins
 from .request import Request
 from .sharding import Sharding
@@ -15,7 +16,7 @@ BATCH = "dp x microbatch_size x microbatches = global batch"
 
 
 def no_mesh(
-    request: Request, name: str, sharding: Sharding, stages: int, meshes: Callable[[Request], Sequence[object]]
+    request: Request, name: str, sharding: Sharding, space: Space, meshes: Callable[[Request], Sequence[object]]
 ) -> TpplanError:
     """The error for a request whose space is empty.
 
@@ -25,13 +26,13 @@ def no_mesh(
     name : str
         The model's.
     sharding : Sharding
-        Which tp degrees are legal, and why not the others.
-    stages : int
-        The most pipeline stages that the legal cuts allow.
+        Why only some tp degrees are legal.
+    space : Space
+        What the model allows.
     meshes : callable
         The meshes of a request.
     """
-    legal = sharding.degrees_allowed(min(request.gpus, request.gpus_per_node))
+    legal, stages = space.tp_degrees, space.stages
 
     def empty(pins: Pins) -> bool:
         return not meshes(replace(request, pins=pins))
@@ -88,9 +89,8 @@ def _together(core: Pins, request: Request) -> list[str]:
 
 def _constraint(pin: Pin, request: Request, name: str, sharding: Sharding, stages: int) -> str:
     """What the space demands of the pin's axis."""
-    node = min(request.gpus, request.gpus_per_node)
     if pin.axis == "tp":
-        return _tp_constraint(pin, request, node, sharding)
+        return _tp_constraint(pin, request, sharding)
     if pin.axis == "pp":
         if pin.kind != "max" and int(pin.value) > stages:
             return f"{name} has {stages - 1} legal cuts, so {stages} stages at most"
@@ -114,22 +114,22 @@ def _constraint(pin: Pin, request: Request, name: str, sharding: Sharding, stage
     return f"{PRODUCT} = {request.gpus} and {BATCH} = {request.global_batch}"
 
 
-def _tp_constraint(pin: Pin, request: Request, node: int, sharding: Sharding) -> str:
-    degree = int(pin.value)
-    if pin.kind == "fix" and request.gpus % degree == 0 and node % degree == 0 and sharding.parts:
-        broken = [label for size, label in sharding.parts if size % degree]
-        if broken:
-            return f"tp must divide {', '.join(broken[:3])}"
-    if pin.kind == "fix" and request.gpus % degree:
-        broken = [label for size, label in sharding.parts if size % degree][:1]
-        heads = f", nor {broken[0]}" if broken else ""
-        return f"tp={degree} does not divide the {request.gpus} GPUs{heads}"
-    if pin.kind == "fix" and node % degree:
-        return f"tp={degree} does not divide a node of {node} GPUs"
-    return "; ".join(sharding.reasons[:2]) or f"tp must divide a node of {node} GPUs"
+def _tp_constraint(pin: Pin, request: Request, sharding: Sharding) -> str:
+    degree, most = int(pin.value), max(LARGEST_TP, request.gpus_per_node)
+    if pin.kind != "fix" or sharding.degrees_allowed(1) == sharding.degrees_allowed(most):
+        return "; ".join(sharding.reasons[:2]) or f"tp is {most} at most"
+    said = []
+    if request.gpus % degree:
+        said.append(f"tp={degree} does not divide the {request.gpus} GPUs")
+    broken = [label for size, label in sharding.parts if size % degree]
+    if broken:
+        said.append(f"tp must divide {', '.join(broken[:3])}")
+    if degree > most:
+        said.append(f"tp is {most} at most")
+    return "; ".join(said) or "; ".join(sharding.reasons[:2])
 
 
-def _allowed(pin: Pin, request: Request, legal: list[int], stages: int) -> str:
+def _allowed(pin: Pin, request: Request, legal: Sequence[int], stages: int) -> str:
     """What could be asked for instead of a single pin."""
     if pin.axis == "tp":
         return f"Allowed: {', '.join(str(t) for t in legal if request.gpus % t == 0)}."

@@ -5,21 +5,29 @@ from __future__ import annotations
 from ..hardware_profiles.catalog import Profile
 from ..units import gib
 from .graph import ModelGraph
+from .mesh import CHUNKS, LARGEST_MICROBATCH, LARGEST_TP, Space
 from .request import Request
 from .sharding import Sharding
 
 
-def space_description() -> list[str]:
-    """What the searched space holds and leaves out."""
-    return [
-        "tp: divisors of one node that the model allows; pp: as many stages as it has legal cuts; "
-        "dp_replicate x dp_shard: the rest",
-        "microbatch sizes 1, 2, 4, ... 64; stage boundaries at any legal cut; 1F1B (GPipe where pinned)",
-        "recompute none, selective or full for each block; ZeRO-2 and ZeRO-3; "
-        "gradients reduced after every or the last microbatch",
-        "not searched: interleaved and zero-bubble schedules, sequence, context and expert parallelism; "
-        "the mesh order is fixed (tp innermost, pp outermost)",
+def space_description(request: Request, space: Space, sharding: Sharding) -> list[str]:
+    """What the searched space holds, what restricts it, and what it leaves out."""
+    chunks = sorted(c for c, layouts in (space.layouts or {}).items() if layouts)
+    said = [
+        f"tp {', '.join(map(str, space.tp_degrees))} (what the model allows, up to {LARGEST_TP} or a node); pp up to "
+        f"{space.stages} stages; dp_replicate x dp_shard: every way to split the rest",
+        f"microbatch sizes: all divisors of a replica's samples up to {LARGEST_MICROBATCH}; at least pp microbatches",
+        "schedules 1F1B and GPipe with boundaries at any legal cut; interleaved with near-equal chunks, "
+        + (f"v {CHUNKS[0]} to {CHUNKS[-1]}" if chunks else "which this model's blocks do not allow"),
+        "each unit: recompute none, selective or full; ZeRO-2 or 3; cut by tp as the model's layout says, or whole",
+        "gradients reduced after every or the last microbatch (pipelines: the last); every order of the mesh axes",
+        "sequence parallelism on or off"
+        if space.sequence_degrees
+        else f"sequence parallelism off ({sharding.sequence.reason or 'tp does not divide the tokens'})",
+        "not searched: context and expert parallelism (degree 1), unequal interleaved chunks, other tensor-parallel "
+        "layouts, schedules of changed order; zero-bubble only where it is pinned",
     ]
+    return [*said, f"pinned: {request.pins.text()}"] if request.pins else said
 
 
 def assumptions(

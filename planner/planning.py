@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import astuple, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..hardware_profiles.catalog import Profile
@@ -19,6 +18,7 @@ from .request import Request
 from .search import Progress, Ranked, SearchResult, search
 from .sharding import Sharding
 from .space_bounds import space_candidates
+from .workers import default_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,10 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """How to search, beside what: ranked layouts, worker processes, and who is told of progress."""
+    """How to search, beside what: layouts to rank, worker processes (0: one a core), and who is told of progress."""
 
     top: int = 1
+    workers: int = 0
     on_progress: Callable[[Progress], None] | None = None
 
 
@@ -95,7 +96,7 @@ def prepare(subject: Subject, request: Request) -> tuple[CostModel, list[Mesh]]:
 
     meshes = meshes_of(model.request)
     if not meshes:
-        raise no_mesh(model.request, subject.graph.name, subject.sharding, model.space.stages, meshes_of)
+        raise no_mesh(model.request, subject.graph.name, subject.sharding, model.space, meshes_of)
     return model, meshes
 
 
@@ -122,7 +123,8 @@ def solve_for(
         time_limit_s=request.time_limit_s,
         on_progress=options.on_progress,
         top=options.top,
-        **({"group": layout_key} if options.top > 1 else {}),
+        group=layout_key if options.top > 1 else None,
+        workers=options.workers or default_workers(),
     )
     return Solved(model, meshes, result)
 

@@ -99,6 +99,7 @@ def suggest_in_detail(
     objective: str = "time",
     target_step_time_s: float | None = None,
     price_per_gpu_hour: float | None = None,
+    workers: int = 0,
     repair_s: float = REPAIR_S,
     model_args: Mapping[str, str] | None = None,
     inputs: Sequence[str] = (),
@@ -131,6 +132,8 @@ def suggest_in_detail(
         How many different layouts to rank (`Plan.alternatives`); the proof then covers the last of them.
     objective, target_step_time_s, price_per_gpu_hour : str, float, float
         See `objectives.Goal`.
+    workers : int
+        Processes of the search; 0 is one for each core.
     repair_s : float
         If nothing fits, seconds to look for what would; 0 does not look.
     say, on_progress : callable, optional
@@ -172,7 +175,7 @@ def suggest_in_detail(
     say("trace", f"tracing {loaded.name} at sequence length {length}")
     subject = traced(loaded, profile, length, precision)
     clock.lap("trace")
-    reached = reach(subject, request, goal, SearchOptions(top, on_progress), say)
+    reached = reach(subject, request, goal, SearchOptions(top, workers, on_progress), say)
     solved = reached.solved
     clock.lap("search")
     if solved.best is None:
@@ -181,7 +184,7 @@ def suggest_in_detail(
     length_from = "" if seq_len else default.source
     fields = {
         **model_fields(subject.graph, loaded, asked),
-        "solver": solver_section(solved.result, goal, reached.proofs, clock),
+        "solver": solver_section(solved, goal, reached.proofs, clock),
         "baselines": [b for b in (rule(solved.model, solved.meshes) for rule in (rule_of_thumb, plain_fsdp)) if b],
         "assumptions": assumptions(
             solved.request, profile, why, length_from, global_batch is None, memory_limit_gib is None
@@ -254,8 +257,10 @@ def choose_profile(hardware: str | None) -> tuple[Profile, str]:
     return load_profile(DEFAULT_HARDWARE), "no local GPU; the default"
 
 
-def solver_section(result: SearchResult, goal: Goal, proofs: Sequence[str], clock: _Clock) -> SolverSection:
-    """The certificate of the search."""
+def solver_section(solved: Solved, goal: Goal, proofs: Sequence[str], clock: _Clock) -> SolverSection:
+    """The certificate of the search; the parts of the search are summed over its processes."""
+    model, result = solved.model, solved.result
+    parts = {f"search: {part}": seconds for part, seconds in result.seconds.items()}
     assert result.best is not None
     import highspy
 
@@ -271,10 +276,10 @@ def solver_section(result: SearchResult, goal: Goal, proofs: Sequence[str], cloc
         "pruned": dict(result.pruned),
         "solved": result.solved,
         "infeasible": result.infeasible,
-        "seconds": {name: round(s, 3) for name, s in clock.seconds.items()},
+        "seconds": {name: round(s, 3) for name, s in {**clock.seconds, **parts}.items()},
         "objective": goal.objective,
         "proofs": list(proofs),
-        "space": space_description(),
+        "space": space_description(model.request, model.space, model.sharding),
     }
     return SolverSection.model_validate(fields)
 

@@ -192,9 +192,15 @@ def _certificate(plan: Plan) -> RenderableType:
     )
     lines = [proof, *(f"{said[0].upper()}{said[1:]}." for said in s.proofs)]
     if s.seconds:
-        times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in s.seconds.items())
-        lines.append(f"Seconds: {times}; {s.wall_s:.1f} in all.")
+        lines.append(f"Seconds: {s.wall_s:.1f} in all; {_seconds(s.seconds)}.")
     return Group(Text("\n".join(lines), style="dim"), _list("Searched space", s.space))
+
+
+def _seconds(seconds: Mapping[str, float]) -> str:
+    """Wall time by phase; the parts of the search, summed over its processes, in brackets."""
+    phases = [f"{name} {s:.1f}" for name, s in seconds.items() if ": " not in name]
+    parts = [f"{name.partition(': ')[2]} {s:.1f}" for name, s in seconds.items() if ": " in name]
+    return ", ".join(phases) + (f" (of the search, over all processes: {', '.join(parts)})" if parts else "")
 
 
 def _list(title: str, lines: Sequence[str]) -> RenderableType:
