@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import PlanFileError
 
+_NAME = "_tpplan_fqn"
 _FUNCTIONS = ("split", "chunk", "unflatten", "reshape", "transpose", "permute", "unsqueeze", "squeeze")
 
 
@@ -50,6 +52,11 @@ def packed_part(full: torch.Tensor, sizes: Sequence[int], degree: int, rank: int
     return torch.cat(shares, dim)
 
 
+def name_in_messages(module: nn.Module, fqn: str) -> None:
+    """Note the name of a packed module; compiled code that carried it could not serve equal blocks."""
+    setattr(module, _NAME, fqn)
+
+
 class PackedOutput:
     """The output of a packed linear: this rank's features of every segment, waiting to be cut.
 
@@ -66,11 +73,13 @@ class PackedOutput:
         The packed dimension.
     sizes : tuple of int
         Full sizes of the segments along `dim`, each divisible by tp.
-    owner : str
-        The module, for messages.
+    owner : nn.Module or str
+        The module, or what to call it in messages.
     """
 
-    def __init__(self, local: torch.Tensor, mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], owner: str) -> None:
+    def __init__(
+        self, local: torch.Tensor, mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], owner: nn.Module | str
+    ) -> None:
         self._local, self._mesh, self._dim, self._sizes, self._owner = local, mesh, dim, sizes, owner
 
     @property
@@ -210,8 +219,9 @@ class PackedOutput:
         return DTensor.from_local(local, self._mesh, [Shard(dim)], run_check=False)
 
     def _refuse(self, call: str) -> NoReturn:
+        owner = self._owner if isinstance(self._owner, str) else getattr(self._owner, _NAME)
         raise PlanFileError(
-            f"{self._owner} is packed {list(self._sizes)} in this plan, but the model calls {call} on it.",
+            f"{owner} is packed {list(self._sizes)} in this plan, but the model calls {call} on it.",
             "Plan again with `tpplan suggest`, or give that module the style replicate.",
         )
 

@@ -121,7 +121,8 @@ def _split(mesh: DeviceMesh, tensor: torch.Tensor) -> torch.Tensor:
     whole = isinstance(tensor, DTensor) and tensor.placements == (Replicate(),) and tensor.requires_grad
     if not whole or tensor.ndim != _STREAM_RANK or tensor.shape[TOKENS] % mesh.size():
         return tensor
-    return tensor.redistribute(placements=[Shard(TOKENS)])
+    # A copy: a slice would keep the whole alive, and its strides would ask for compiled code of its own.
+    return tensor.redistribute(placements=[Shard(TOKENS)]).clone(memory_format=torch.contiguous_format)
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:

@@ -41,7 +41,7 @@ from .full_tensors import listed_split, part_of_rank, segments_of, shard_dim
 from .heads import use_local_heads
 from .interpose import find_names, interposed
 from .local_region import runs_locally, use_local_region, use_local_regions
-from .packed import PackedOutput
+from .packed import PackedOutput, name_in_messages
 from .packed_products import note_packed_weight
 from .placements import sum_gradient, sum_unmarked, wrap_activation
 from .sequence import gathered, gathered_once, is_stream, scatter_output, split_stream
@@ -191,19 +191,21 @@ def _set_borders(module: nn.Module, fqn: str, style: ModuleStyle, mesh: DeviceMe
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.ndim == 1:  # running statistics
                 module._buffers[name] = _sharded(buffer, Split(0, None, f"{fqn}.{name}"), mesh)
+    if style.style == "packed":
+        name_in_messages(module, fqn)
     if style.style in ("vocab", "channel", "parameters"):
         return  # the functions that they call see the sharded parameters
     if isinstance(module, _ConvNd):
         channels = module.weight.ndim - 1  # from the end
         if style.style == "packed":
-            module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes), channels))
+            module.register_forward_hook(partial(_pack_output, tuple(style.sizes), channels))
         elif style.style == "col" and style.output == "replicate":
             module.register_forward_hook(_replicate_output)
         return
     wanted = Shard(-1) if style.style == "row" else Replicate()
     module.register_forward_pre_hook(partial(_place_input, mesh, wanted))
     if style.style == "packed":
-        module.register_forward_hook(partial(_pack_output, fqn, tuple(style.sizes), 1))
+        module.register_forward_hook(partial(_pack_output, tuple(style.sizes), 1))
     elif style.output == "sequence":
         module.register_forward_hook(scatter_output)
     elif style.style == "row" or style.output == "replicate":
@@ -238,7 +240,5 @@ def _replicate_output(module: nn.Module, args: Any, output: DTensor) -> DTensor:
     return output.redistribute(placements=[Replicate()])
 
 
-def _pack_output(
-    fqn: str, sizes: tuple[int, ...], from_end: int, module: nn.Module, args: Any, output: DTensor
-) -> PackedOutput:
-    return PackedOutput(output.to_local(), output.device_mesh, output.ndim - from_end, sizes, fqn)
+def _pack_output(sizes: tuple[int, ...], from_end: int, module: nn.Module, args: Any, output: DTensor) -> PackedOutput:
+    return PackedOutput(output.to_local(), output.device_mesh, output.ndim - from_end, sizes, module)
