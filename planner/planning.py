@@ -25,18 +25,20 @@ from .workers import default_workers
 class Subject:
     """What is planned: a traced model, its tensor-parallel layout and the hardware.
 
+    sequence : the layout under sequence parallelism, None where the model does not allow it
     retrace : traces the model again at another sequence length and precision (None where that cannot be done)
     """
 
     graph: ModelGraph
     sharding: Sharding
     profile: Profile
+    sequence: Sharding | None = None
     retrace: Callable[[int, str], Subject] | None = None
 
     def costs(self, request: Request) -> CostModel:
         """The cost model of a request, its layer pins bound to the units."""
         bound = replace(request, pins=bind_layers(request.pins, self.graph, self.sharding))
-        return CostModel(self.graph, self.sharding, self.profile, bound)
+        return CostModel(self.graph, self.sharding, self.profile, bound, sequence=self.sequence)
 
 
 @dataclass(frozen=True, slots=True)

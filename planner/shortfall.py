@@ -34,9 +34,7 @@ def shortfall(subject: Subject, solved: Solved) -> Shortfall:
     model, result = solved.model, solved.result
     mesh = Mesh(*result.shortfall_key)
     limit = _device_limit(model, mesh, result.shortfall_bytes)
-    wider = CostModel(
-        subject.graph, subject.sharding, subject.profile, replace(model.request, memory_limit_bytes=limit)
-    )
+    wider = subject.costs(replace(model.request, memory_limit_bytes=limit))
     least = solve_for(subject, wider.request, prepared=(wider, [mesh]))
     missing = limit - model.request.memory_limit_bytes
     if least.best is None:

@@ -24,7 +24,7 @@ from .plan_notes import assumptions, notes, space_description
 from .planning import SearchOptions, Solved, Subject
 from .request import Request
 from .search import SearchResult
-from .sharding import Sharding, analyse
+from .sharding import Sharding, analyse, with_sequence_parallel
 
 DEFAULT_HARDWARE = "h100-sxm"
 REPAIR_S = 20.0
@@ -220,7 +220,9 @@ def traced(loaded: Any, profile: Profile, sequence_length: int, precision: str) 
     from .trace import trace
 
     graph = trace(loaded, sequence_length=sequence_length, precision=precision)
-    return Subject(graph, analyse(graph), profile, lambda length, p: traced(loaded, profile, length, p))
+    sharding = analyse(graph)
+    sequence = with_sequence_parallel(graph, sharding)
+    return Subject(graph, sharding, profile, sequence, lambda length, p: traced(loaded, profile, length, p))
 
 
 class _Clock:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.alternatives import TIED, in_order, row_of
-from ..planner.plan import Alternative, Baseline, MeshSection, Plan
+from ..planner.plan import AXES, Baseline, MeshSection, Plan
 from ..units import format_count, format_seconds, gib
 
 
@@ -68,16 +68,42 @@ def _heading(plan: Plan) -> Text:
     text.append(mesh_text(plan.mesh), style="bold green")
     b = plan.batch
     text.append(f", {b.microbatches} microbatch{'es' if b.microbatches > 1 else ''} of {b.microbatch_size} per replica")
+    if plan.tensor_parallel.sequence_parallel:
+        text.append(", sequence parallel")
     if plan.mesh.pipeline_parallel_degree > 1:
-        text.append(f", schedule {plan.schedule.name}")
+        text.append(f", schedule {_schedule_text(plan.schedule.name, plan.schedule.virtual_stages)}")
     if plan.mesh.data_parallel_shard_degree > 1:
-        text.append(f", ZeRO-{plan.sharding.zero_stage}")
+        kept = sum(len(stage.kept_gathered) for stage in plan.stages)
+        text.append(f", ZeRO-{plan.sharding.zero_stage}" + (f" (ZeRO-2 in {kept} units)" if kept else ""))
     if plan.mesh.data_parallel_degree > 1 and b.microbatches > 1:
         text.append(
             f", gradients reduced {'every' if plan.schedule.gradient_sync == 'every' else 'after the last'} microbatch"
         )
     text.append(f", recompute {recompute_text(plan)}")
+    if inner := innermost(plan.mesh):
+        text.append(f", ranks of {inner} are neighbours")
+    if not plan.schedule.runnable:
+        text.append(
+            f"\nThis plan cannot be run yet: tpplan run knows no {plan.schedule.name} schedule.", style="bold red"
+        )
     return text
+
+
+def innermost(mesh: MeshSection) -> str:
+    """The innermost axis of a mesh whose order is not the usual one (tp inside shards inside replicas inside stages).
+
+    >>> innermost(MeshSection(pipeline_parallel_degree=2, data_parallel_shard_degree=8,
+    ...                       order=["dp_shard", "dp_replicate", "cp", "tp", "pp"]))
+    'pp'
+    """
+    degrees = {
+        "tp": mesh.tensor_parallel_degree,
+        "pp": mesh.pipeline_parallel_degree,
+        "dp_replicate": mesh.data_parallel_replicate_degree,
+        "dp_shard": mesh.data_parallel_shard_degree,
+    }
+    used = [axis for axis in mesh.order if degrees.get(axis, 1) > 1]
+    return used[-1] if used != [axis for axis in AXES if axis in used] else ""
 
 
 def _facts(plan: Plan) -> Table:
@@ -163,7 +189,7 @@ def _ranking(plan: Plan) -> RenderableType:
             "*" if row.tied else "",
             mesh_text(row.mesh),
             f"{row.microbatches} x {row.microbatch_size}",
-            _schedule_text(row),
+            _schedule_text(row.schedule, row.virtual_stages) if row.mesh.pipeline_parallel_degree > 1 else "-",
             str(row.zero_stage),
             row.recompute,
             format_seconds(row.step_time_s),
@@ -174,10 +200,8 @@ def _ranking(plan: Plan) -> RenderableType:
     return table
 
 
-def _schedule_text(row: Alternative) -> str:
-    if row.mesh.pipeline_parallel_degree == 1:
-        return "-"
-    return row.schedule + (f" v{row.virtual_stages}" if row.virtual_stages > 1 else "")
+def _schedule_text(name: str, virtual_stages: int) -> str:
+    return f"{name} v{virtual_stages}" if virtual_stages > 1 else name
 
 
 def _certificate(plan: Plan) -> RenderableType:

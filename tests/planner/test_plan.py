@@ -9,7 +9,6 @@ from pathlib import Path
 import jsonschema
 import pytest
 from tpplan.errors import PlanFileError
-from tpplan.planner.choices import CostModel
 from tpplan.planner.evaluate import evaluate
 from tpplan.planner.mesh import Mesh
 from tpplan.planner.plan import Plan
@@ -58,7 +57,7 @@ def test_the_plan_s_numbers_are_one_number(precision: str, tmp_path: Path) -> No
                               global_batch=32, precision=precision, model_args=sizes)  # fmt: skip
     plan, best = found.plan, found.result.best
     assert best is not None
-    model = CostModel(found.graph, found.sharding, found.profile, found.request)
+    model = found.subject.costs(found.request)
     again = evaluate(model.problem(Mesh(*best.key)), best.assignment)
     plan.save(tmp_path / "plan.json")
     stored = Plan.load(tmp_path / "plan.json")
