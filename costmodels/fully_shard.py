@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from .memory import DataParallel
 from .overlap import overlapped_s
@@ -10,10 +13,11 @@ from .overlap import overlapped_s
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Seconds of one unit's FSDP traffic on one rank: collectives, and the copies around them."""
+    """Seconds of one unit's FSDP traffic on one rank: collectives (of one layout, or an array of layouts), and the
+    copies around them."""
 
-    gather_s: float
-    reduce_s: float
+    gather_s: Any
+    reduce_s: Any
     gather_copy_s: float
     reduce_copy_s: float
     accumulate_s: float
@@ -21,8 +25,8 @@ class Traffic:
     comm_slowdown: float
 
     def exposed(
-        self, forward_s: float, backward_s: float, dp: DataParallel, *, first: bool
-    ) -> tuple[float, float, float, float]:
+        self, forward_s: Any, backward_s: Any, dp: DataParallel, *, first: bool
+    ) -> tuple[Any, Any, Any, Any]:
         """(forward, backward, first-forward extra, last-backward extra) with FSDP's prefetch and overlap.
 
                                 gather in            reduce in
@@ -34,7 +38,7 @@ class Traffic:
         The step's first gather and last reduction (unit `first`) have nothing to hide behind.
         """
 
-        def beside(compute: float, comm: float) -> float:
+        def beside(compute: Any, comm: Any) -> Any:
             if first:
                 return compute + comm
             return overlapped_s(compute, comm, self.compute_slowdown, self.comm_slowdown)
@@ -47,5 +51,5 @@ class Traffic:
             return gathered_forward, reduced, 0.0, 0.0
         kept = beside(backward_s + copy, comm) + self.accumulate_s
         if again:
-            return gathered_forward, kept, 0.0, max(0.0, reduced - kept)
-        return forward_s, kept, gathered_forward - forward_s, max(0.0, reduced - kept)
+            return gathered_forward, kept, 0.0, np.maximum(0.0, reduced - kept)
+        return forward_s, kept, gathered_forward - forward_s, np.maximum(0.0, reduced - kept)

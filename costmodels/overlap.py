@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def overlapped_s(compute_s: float, comm_s: float, compute_slowdown: float = 1.0, comm_slowdown: float = 1.0) -> float:
+import numpy as np
+
+
+def overlapped_s(compute_s: Any, comm_s: Any, compute_slowdown: float = 1.0, comm_slowdown: float = 1.0) -> Any:
     """Time until both a computation and a collective that start together have ended.
 
     While both run, compute advances at rate 1/compute_slowdown and communication at 1/comm_slowdown; when one
@@ -15,14 +19,14 @@ def overlapped_s(compute_s: float, comm_s: float, compute_slowdown: float = 1.0,
 
     Parameters
     ----------
-    compute_s, comm_s : float
+    compute_s, comm_s : float or array
         Seconds of each when alone.
     compute_slowdown, comm_slowdown : float
         Factors >= 1 by which each is slowed while the other runs (measured, from the hardware profile).
 
     Returns
     -------
-    float
+    float or array
         Seconds; between max(compute_s, comm_s) and compute_s + comm_s where the slowdowns are not larger than
         running one after the other, which is then what is returned.
 
@@ -35,8 +39,10 @@ def overlapped_s(compute_s: float, comm_s: float, compute_slowdown: float = 1.0,
     """
     comm_end = comm_s * comm_slowdown
     compute_end = compute_s * compute_slowdown
-    if comm_end <= compute_end:
-        total = comm_end + compute_s - comm_end / compute_slowdown
-    else:
-        total = compute_end + comm_s - compute_end / comm_slowdown
-    return min(total, compute_s + comm_s)
+    total = np.where(
+        comm_end <= compute_end,
+        comm_end + compute_s - comm_end / compute_slowdown,
+        compute_end + comm_s - compute_end / comm_slowdown,
+    )
+    total = np.minimum(total, compute_s + comm_s)
+    return total if total.ndim else float(total)

@@ -38,7 +38,15 @@ def mesh_section(mesh: Mesh) -> MeshSection:
         data_parallel_replicate_degree=mesh.dp_replicate,
         data_parallel_shard_degree=mesh.dp_shard,
         tensor_parallel_degree=mesh.tp,
+        order=mesh_order(mesh),
     )
+
+
+def mesh_order(mesh: Mesh) -> list[Any]:
+    """The axes outermost first; cp, always of degree 1, stands where it stands by default."""
+    order = list(mesh.axes)
+    order.insert(order.index("tp"), "cp")
+    return order
 
 
 def stage_spans(boundaries: Sequence[int]) -> list[range]:
@@ -47,36 +55,64 @@ def stage_spans(boundaries: Sequence[int]) -> list[range]:
 
 
 def stage_sections(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[StageSection]:
-    """One entry a stage: its units, recomputation, FSDP groups and what crosses its borders."""
+    """One entry a chunk: its units, recomputation, FSDP groups and what crosses its borders."""
     units = model.graph.units
     spans = stage_spans(assignment.boundaries)
+    keeps = plan_zero_stage(model, mesh, assignment) == 3
     sections = []
     for index, span in enumerate(spans):
-        modules, recompute, groups = [], {}, []
+        modules, recompute, groups, kept = [], {}, [], []
         for position in span:
             unit, facts = units[position], model.facts[position]
             if unit.replicated or not unit.fqn:
                 continue
             if unit.fqn not in modules:
                 modules.append(unit.fqn)
-            mode = model.layer(position, mesh)[0][assignment.choices[position]].name
-            if mode != "none":
-                recompute[unit.fqn] = mode
+            choice = model.layer(position, mesh)[assignment.choices[position]]
+            if choice.name != "none":
+                recompute[unit.fqn] = choice.name
             if facts.own_group:
                 groups.append(unit.fqn)
+                if keeps and choice.zero_stage == 2:
+                    kept.append(unit.fqn)
         sections.append(
             StageSection(
                 index=index,
-                pipeline_rank=index,
+                pipeline_rank=index % mesh.pp,
                 modules=modules,
                 replicated_modules=[u.fqn for u in units if u.replicated],
                 recompute=recompute,
                 fsdp_units=groups,
+                kept_gathered=kept,
                 receives=wire_names(model.graph, span.start - 1) if index else [],
                 sends=wire_names(model.graph, span.stop - 1) if index + 1 < len(spans) else [],
             )
         )
     return sections
+
+
+def plan_zero_stage(model: CostModel, mesh: Mesh, assignment: Assignment) -> int:
+    """3 where some unit lets its gathered weights go after forward, else 2."""
+    levels = {
+        model.layer(position, mesh)[choice].zero_stage
+        for position, choice in enumerate(assignment.choices)
+        if model.facts[position].own_group
+    }
+    return 3 if 3 in levels else 2
+
+
+def whole_units(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[str]:
+    """Units that run whole on every tp rank although tp could cut them."""
+    return [
+        model.graph.units[position].fqn
+        for position, choice in enumerate(assignment.choices)
+        if model.layer(position, mesh)[choice].sharding == "replicate"
+    ]
+
+
+def _inside(name: str, units: Sequence[str]) -> bool:
+    """Whether a module or parameter belongs to one of the units."""
+    return any(name == unit or name.startswith(f"{unit}.") for unit in units)
 
 
 def wire_names(graph: ModelGraph, position: int) -> list[str]:
@@ -85,9 +121,9 @@ def wire_names(graph: ModelGraph, position: int) -> list[str]:
     return [f"{fqn}:{call}:{leaf}" for fqn, call, leaf in leaves]
 
 
-def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSection:
-    """Styles of every sharded module (none where tp is 1)."""
-    sharding = model.sharding
+def tensor_parallel_section(model: CostModel, mesh: Mesh, whole: Sequence[str]) -> TensorParallelSection:
+    """Styles of every sharded module (none where tp is 1); `whole` units have none."""
+    sharding = model.sharding_of(mesh)
     if mesh.tp == 1:
         return TensorParallelSection()
     return TensorParallelSection(
@@ -103,13 +139,19 @@ def tensor_parallel_section(model: CostModel, mesh: Mesh) -> TensorParallelSecti
                 }
             )
             for fqn, s in sorted(sharding.styles.items())
+            if not _inside(fqn, whole)
         },
-        attention=sorted(sharding.attention),
+        attention=sorted(fqn for fqn in sharding.attention if not _inside(fqn, whole)),
         loss_parallel=sharding.loss_parallel,
+        sequence_parallel=mesh.sequence_parallel,
+        sequence_modules=list(sharding.sequence.modules) if mesh.sequence_parallel else [],
+        sequence_ends=list(sharding.sequence.ends) if mesh.sequence_parallel else [],
     )
 
 
-def parameter_placements(model: CostModel, mesh: Mesh, stages: Sequence[StageSection]) -> dict[str, ParameterPlacement]:
+def parameter_placements(
+    model: CostModel, mesh: Mesh, stages: Sequence[StageSection], whole: Sequence[str]
+) -> dict[str, ParameterPlacement]:
     """Placement of every parameter on the axes that shard it, and the stages that hold it."""
     placements = {}
     users = parameter_positions(model)
@@ -117,7 +159,8 @@ def parameter_placements(model: CostModel, mesh: Mesh, stages: Sequence[StageSec
     for name, parameter in sorted(model.graph.parameters.items()):
         if parameter.is_buffer:
             continue
-        dim = model.sharding.parameter_split.get(name) if mesh.tp > 1 else None
+        cut = mesh.tp > 1 and not _inside(name, whole)
+        dim = model.sharding.parameter_split.get(name) if cut else None
         placements[name] = ParameterPlacement(
             tp="Replicate()" if dim is None else f"Shard(dim={dim})",
             dp_shard="Shard(dim=0)" if mesh.dp_shard > 1 else "Replicate()",
@@ -147,7 +190,9 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
     b = mesh.microbatch_size
     if mesh.tp > 1:
         for unit in model.graph.units:
-            for item in model.sharding.of_class(unit.class_index).collectives:
+            if model.layer(unit.position, mesh)[assignment.choices[unit.position]].sharding == "replicate":
+                continue
+            for item in model.class_sharding(unit.position, mesh.sequence_parallel).collectives:
                 found.append(
                     Redistribute.model_validate(
                         {
@@ -176,15 +221,16 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
 
 
 def memory_parts(model: CostModel, mesh: Mesh, assignment: Assignment, evaluation: Evaluation) -> list[dict[str, int]]:
-    """Bytes of each stage by part; the parts of a stage sum to its device bytes."""
+    """Bytes of each pipeline rank by part; the parts of a rank sum to its device bytes."""
     fixed = model.fixed_bytes(mesh)
+    spans = stage_spans(assignment.boundaries)
     result = []
-    for span, memory in zip(stage_spans(assignment.boundaries), evaluation.memory, strict=True):
+    for rank, memory in enumerate(evaluation.memory):
         parts: dict[str, int] = {}
-        for position in span:
-            static = model.static_parts(position, mesh)
-            for name in ("parameters", "gradients", "optimizer", "gathered", "buffers"):
-                parts[name] = parts.get(name, 0) + getattr(static, name)
+        for position in (p for span in spans[rank :: mesh.pp] for p in span):
+            choice = model.layer(position, mesh)[assignment.choices[position]]
+            for name, size in model.static_parts(position, mesh, choice).items():
+                parts[name] = parts.get(name, 0) + size
         parts["activations"] = memory.kept_bytes
         parts["transient"] = memory.transient_bytes
         assert sum(parts.values()) == memory.total_bytes
@@ -248,6 +294,8 @@ def build_plan(
     """The plan of one assignment; `fields` are the sections that do not depend on it (model, solver, ...)."""
     request, profile = model.request, model.profile
     stages = stage_sections(model, mesh, assignment)
+    whole = whole_units(model, mesh, assignment)
+    zero_stage = plan_zero_stage(model, mesh, assignment)
     return Plan(
         hardware=HardwareSection(
             name=profile.name,
@@ -266,16 +314,21 @@ def build_plan(
             microbatches=mesh.microbatches,
             sequence_length=request.sequence_length,
         ),
-        schedule=ScheduleSection.model_validate({"name": mesh.schedule, "gradient_sync": mesh.gradient_sync}),
+        schedule=ScheduleSection.model_validate(
+            {
+                "name": mesh.schedule,
+                "virtual_stages": mesh.virtual,
+                "gradient_sync": mesh.gradient_sync,
+                "runnable": mesh.schedule != "zb",
+            }
+        ),
         precision=PrecisionSection.model_validate(
             {"name": request.precision, "compute_dtype": request.compute_dtype, "optimizer": request.optimizer}
         ),
-        sharding=ShardingSection.model_validate(
-            {"zero_stage": mesh.zero_stage, "reshard_after_forward": mesh.zero_stage == 3}
-        ),
+        sharding=ShardingSection.model_validate({"zero_stage": zero_stage, "reshard_after_forward": zero_stage == 3}),
         stages=stages,
-        tensor_parallel=tensor_parallel_section(model, mesh),
-        parameters=parameter_placements(model, mesh, stages),
+        tensor_parallel=tensor_parallel_section(model, mesh, whole),
+        parameters=parameter_placements(model, mesh, stages, whole),
         redistributes=redistributes(model, mesh, assignment),
         predicted=predicted_section(model, mesh, assignment, evaluation),
         **fields,

@@ -1,73 +1,59 @@
 """From graph, sharding, profile and request to the `Problem` of each mesh: the only place where costs meet layers.
 
-    unit x (tp, microbatch)          -> UnitTimes, UnitMemory           (unit_costs.py, remembered)
-    unit x mesh x recomputation      -> Parts (seconds by part) -> Choice
-    mesh                             -> Problem
+    unit x (tp, microbatch)      -> UnitTimes, UnitMemory        (unit_costs.py, remembered)
+    unit x meshes x variants     -> arrays of seconds and bytes  (pricing.py)
+    mesh                         -> Problem
 
-`Parts` of a choice sum to its times, so that the plan's breakdown and its step time are the same numbers.
+The parts of a choice sum to its times, so that the plan's breakdown and its step time are the same numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..costmodels.collectives import collective_s
-from ..costmodels.compute import clip_s, kernel_s, optimizer_s
-from ..costmodels.fully_shard import Traffic
-from ..costmodels.memory import (
-    DataParallel,
-    UnitParameters,
-    backward_transient_bytes,
-    ceil_div,
-    kept_gathered_bytes,
-    sharded_state_bytes,
-)
+from ..costmodels.memory import UnitParameters, ceil_div
 from ..hardware_profiles.catalog import Profile
 from ..units import DTYPE_BYTES
 from .graph import ModelGraph
-from .mesh import Mesh
-from .pins import RECOMPUTE
+from .mesh import LARGEST_TP, LAYOUTS, Mesh, Space, interleaved_ends
+from .pricing import (
+    BYTES,
+    PARTS,
+    SECONDS,
+    Flags,
+    GroupPrices,
+    Point,
+    Points,
+    Variant,
+    data_parallel,
+    price_group,
+    static_parts,
+)
 from .problem import Choice, Layer, Problem
 from .request import Request
-from .sharding import Sharding
+from .sharding import ClassSharding, Sharding
 from .unit_costs import KernelClock, UnitMemory, UnitTimes, unit_memory, unit_times
 from .unit_facts import unit_facts
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Seconds of one layer by part: per microbatch (forward + backward), and once a step."""
+@dataclass(slots=True)
+class _Batch:
+    """Prices of all groups at the points asked for so far, with equal flags."""
 
-    compute_s: float = 0.0
-    recompute_s: float = 0.0
-    tp_comm_s: float = 0.0
-    dp_comm_s: float = 0.0
-    once_dp_comm_s: float = 0.0
-    optimizer_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StaticParts:
-    """Bytes of one layer that stay, by part."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        """The sum of the parts."""
-        return self.parameters + self.gradients + self.optimizer + self.gathered + self.buffers
+    places: dict[Point, int]
+    groups: dict[int, GroupPrices]
+    choices: dict[tuple[int, int], tuple[Choice, ...]] = field(default_factory=dict)
 
 
 class CostModel:
     """Prices every layer of one traced model on one hardware profile for one request.
 
-    `compiled` says whether the runtime compiles the blocks; by default it does on GPUs.
+    `compiled` says whether the runtime compiles the blocks; by default it does on GPUs. `sequence` is the sharding
+    under sequence parallelism, None where that is not possible.
     """
 
     def __init__(
@@ -77,9 +63,11 @@ class CostModel:
         profile: Profile,
         request: Request,
         compiled: bool | None = None,
+        sequence: Sharding | None = None,
     ) -> None:
         self.graph = graph
         self.sharding = sharding
+        self.sequence = sequence
         self.profile = profile
         self.request = request
         self.device = profile.device.shared_by(request.gpus)
@@ -87,8 +75,9 @@ class CostModel:
         self.compiled = self.device.kind == "cuda" if compiled is None else compiled
         self.clocks = {piped: self._clock(piped) for piped in (False, True)}
         self.facts = unit_facts(graph)
-        self._times: dict[tuple[int, int, int, bool], UnitTimes] = {}
-        self._memory: dict[tuple[int, int, int], UnitMemory] = {}
+        self._far = max((level.size for level in self.links.levels if level.size is not None), default=1)
+        self._times: dict[tuple[object, ...], UnitTimes] = {}
+        self._memory: dict[tuple[object, ...], UnitMemory] = {}
         self._parameters: dict[tuple[int, int, bool], UnitParameters] = {}
         self._buffer_bytes = [
             sum(graph.parameters[n].numel * DTYPE_BYTES[graph.parameters[n].dtype] for n in facts.buffer_names)
@@ -96,7 +85,9 @@ class CostModel:
         ]
         self._groups: dict[tuple[int, bool], list[int]] = {}
         self._wires: dict[int, list[int]] = {}
-        self._layers: dict[tuple[object, ...], tuple[tuple[Choice, ...], tuple[Parts, ...]]] = {}
+        self._batches: dict[Flags, list[_Batch]] = {}
+        self._ends: dict[tuple[int, int], tuple[int, ...] | None] = {}
+        self._limits: dict[int, int] = {}
 
     def _clock(self, piped: bool) -> KernelClock:
         """Kernel times without or within a pipeline.
@@ -107,208 +98,199 @@ class CostModel:
         gathers = self.request.gpus > 1 and not piped
         return KernelClock(self.device, self.compiled, "fully_shard" if gathers else "eager", sustained=not piped)
 
-    def times(self, position: int, tp: int, b: int, piped: bool) -> UnitTimes:
+    def times(self, position: int, tp: int, b: int, piped: bool, sequence: bool = False) -> UnitTimes:
         """Seconds of the unit at `position` (see `UnitTimes`); `piped` = one stage of several."""
         unit = self.graph.units[position]
-        key = (unit.class_index, tp, b, piped)
+        fused = self.facts[position].may_recompute  # the units that the runtime compiles
+        key = (unit.class_index, tp, b, piped, sequence and tp > 1, fused)
         if key not in self._times:
             cls = self.graph.classes[unit.class_index]
-            fused = self.facts[position].may_recompute  # the units that the runtime compiles
-            self._times[key] = unit_times(
-                cls, self.sharding.of_class(unit.class_index), tp, b, self.clocks[piped], self.links, fused
-            )
+            sharding = self.class_sharding(position, sequence)
+            self._times[key] = unit_times(cls, sharding, tp, b, self.clocks[piped], fused)
         return self._times[key]
 
-    def memory(self, position: int, tp: int, b: int) -> UnitMemory:
+    def memory(self, position: int, tp: int, b: int, sequence: bool = False) -> UnitMemory:
         """Bytes kept by the unit at `position` (see `UnitMemory`)."""
         facts = self.facts[position]
-        key = (facts.kind, tp, b)
+        key = (facts.kind, facts.may_recompute, tp, b, sequence and tp > 1)
         if key not in self._memory:
-            index = self.graph.units[position].class_index
-            self._memory[key] = unit_memory(
-                self.graph.classes[index],
-                self.sharding.of_class(index),
-                tp,
-                b,
-                facts.elsewhere,
-                self.compiled and facts.may_recompute,
-            )
+            cls = self.graph.classes[self.graph.units[position].class_index]
+            sharding = self.class_sharding(position, sequence)
+            compiled = self.compiled and facts.may_recompute
+            self._memory[key] = unit_memory(cls, sharding, tp, b, facts.elsewhere, compiled)
         return self._memory[key]
 
-    def parameters(self, position: int, mesh: Mesh) -> UnitParameters:
+    def sharding_of(self, mesh: Mesh) -> Sharding:
+        """The tensor-parallel layout under a mesh."""
+        return self.sequence if mesh.sequence_parallel and self.sequence is not None else self.sharding
+
+    def class_sharding(self, position: int, sequence: bool = False) -> ClassSharding:
+        """What tp does to the unit at `position`."""
+        sharding = self.sequence if sequence and self.sequence is not None else self.sharding
+        return sharding.of_class(self.graph.units[position].class_index)
+
+    def may_replicate(self, position: int) -> bool:
+        """Whether the unit may run whole on every tp rank while others are cut.
+
+        It must have weights that tp would cut, share none of them, and neither take nor give a tensor in parts.
+        """
+        facts, unit = self.facts[position], self.graph.units[position]
+        cls, sharding = self.graph.classes[unit.class_index], self.class_sharding(position)
+        borders = any(sharding.tensor_split[t] for t in (*cls.inputs, *cls.outputs))
+        cut = any(name in self.sharding.parameter_split for name in facts.parameter_names)
+        return facts.own_group and cut and not borders
+
+    def parameters(self, position: int, tp: int, piped: bool) -> UnitParameters:
         """Elements of the unit's parameters on one tp rank; tied ones count once where one stage has them all."""
-        key = (position, mesh.tp, mesh.pp > 1)
+        key = (position, tp, piped)
         if key not in self._parameters:
-            self._parameters[key] = self._count_parameters(position, mesh)
+            facts = self.facts[position]
+            trainable = frozen = 0
+            for name in facts.parameter_names + (facts.shared_names if piped else ()):
+                parameter = self.graph.parameters[name]
+                divided = tp > 1 and name in self.sharding.parameter_split
+                local = ceil_div(parameter.numel, tp) if divided else parameter.numel
+                if parameter.requires_grad:
+                    trainable += local
+                else:
+                    frozen += local
+            self._parameters[key] = UnitParameters(trainable, frozen)
         return self._parameters[key]
 
-    def _count_parameters(self, position: int, mesh: Mesh) -> UnitParameters:
-        facts = self.facts[position]
-        names = facts.parameter_names if mesh.pp == 1 else facts.parameter_names + facts.shared_names
-        trainable = frozen = 0
-        for name in names:
-            parameter = self.graph.parameters[name]
-            divided = mesh.tp > 1 and name in self.sharding.parameter_split
-            local = ceil_div(parameter.numel, mesh.tp) if divided else parameter.numel
-            if parameter.requires_grad:
-                trainable += local
-            else:
-                frozen += local
-        return UnitParameters(trainable, frozen)
-
-    def data_parallel(self, mesh: Mesh, position: int) -> DataParallel:
-        """How the unit's parameters live on the data-parallel ranks."""
-        resharded = mesh.zero_stage == 3 and self.facts[position].own_group
-        return DataParallel(
-            dp_shard=mesh.dp_shard,
-            dp_replicate=mesh.dp_replicate,
-            reshard_after_forward=resharded,
-            sync_every=mesh.gradient_sync == "every",
-            compute_bytes=2 if self.request.precision == "bf16" else 4,
-            optimizer_states=2 if self.request.optimizer == "adamw" else 0,
-        )
-
-    def layer(self, position: int, mesh: Mesh) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
-        """Choices of the unit at `position` under `mesh`, and the parts of each."""
-        first = self.groups(mesh)[position]
-        degrees = (mesh.tp, mesh.microbatch_size, mesh.dp_shard, mesh.dp_replicate)
-        key = (first, *degrees, mesh.zero_stage, mesh.gradient_sync, mesh.pp > 1, self.gradients_stay(mesh))
-        if key not in self._layers:
-            self._layers[key] = self._price(first, mesh, *self.neighbourhood(first, mesh))
-        return self._layers[key]
-
-    def neighbourhood(self, position: int, mesh: Mesh) -> tuple[UnitParameters, UnitParameters, UnitParameters]:
-        """Parameters of a unit, of the one before it and of the one after it."""
+    def neighbourhood(
+        self, position: int, tp: int, piped: bool, whole: bool = False
+    ) -> tuple[UnitParameters, UnitParameters, UnitParameters]:
+        """Parameters of a unit (`whole`: not cut by tp), of the one before it and of the one after it."""
         nothing, last = UnitParameters(0), len(self.facts) - 1
-        before = self.parameters(position - 1, mesh) if position else nothing
-        after = self.parameters(position + 1, mesh) if position < last else nothing
-        return self.parameters(position, mesh), before, after
+        before = self.parameters(position - 1, tp, piped) if position else nothing
+        after = self.parameters(position + 1, tp, piped) if position < last else nothing
+        return self.parameters(position, 1 if whole else tp, piped), before, after
 
-    def groups(self, mesh: Mesh) -> list[int]:
-        """For every unit the first unit that is priced like it (the same under all meshes of equal tp)."""
-        key = (mesh.tp, mesh.pp > 1)
+    def groups(self, tp: int, piped: bool) -> list[int]:
+        """For every unit the first unit that is priced like it."""
+        key = (tp, piped)
         if key not in self._groups:
             first: dict[object, int] = {}
             self._groups[key] = []
             for position, facts in enumerate(self.facts):
                 own = (facts.kind, facts.may_recompute, facts.own_group, self._buffer_bytes[position], position == 0)
                 own += self.request.pins.layer_key(self.graph.units[position].fqn)
-                group = first.setdefault((own, self.neighbourhood(position, mesh)), position)
+                own += (self.may_replicate(position), self.parameters(position, 1, piped))
+                group = first.setdefault((own, self.neighbourhood(position, tp, piped)), position)
                 self._groups[key].append(group)
         return self._groups[key]
 
+    @cached_property
+    def space(self) -> Space:
+        """What the model allows: degrees, stages, and near-equal chunks."""
+        most = min(self.request.gpus, max(LARGEST_TP, self.request.gpus_per_node))
+        degrees = self.sharding.degrees_allowed(most)
+        split = self.sequence.degrees_allowed(most) if self.sequence is not None else []
+        stages = 1 + sum(facts.cut_after for facts in self.facts)
+        layouts: dict[int, tuple[int, ...]] = {}
+        for chunks in range(2, stages + 1):
+            found = tuple(k for k in range(len(LAYOUTS)) if self.ends(chunks, k) is not None)
+            if found:
+                layouts[chunks] = found
+        return Space(tuple(degrees), stages, tuple(d for d in split if d > 1), layouts)
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Positions of the blocks: what repeats, the working members of lists, or all working units without any."""
+        working = [p for p, facts in enumerate(self.facts) if facts.may_recompute]
+        listed = [p for p in working if self.graph.units[p].fqn.rpartition(".")[2].isdigit()]
+        return listed or working
+
+    def ends(self, chunks: int, layout: int) -> tuple[int, ...] | None:
+        """Where near-equal chunks end (see `interleaved_ends`)."""
+        key = (chunks, layout)
+        if key not in self._ends:
+            cuts = [p for p, facts in enumerate(self.facts) if facts.cut_after]
+            self._ends[key] = interleaved_ends(self.blocks, cuts, len(self.facts), chunks, layout)
+        return self._ends[key]
+
     @staticmethod
-    def gradients_stay(mesh: Mesh) -> bool:
-        """Whether all gradients exist while activations are at their peak.
+    def flags(mesh: Mesh) -> Flags:
+        """What decides which formulas hold for a mesh.
 
-        With one microbatch they do not: when a unit's gradient is made, its activations are freed, so a unit holds
-        the larger of the two (and both only while it runs).
+        With one microbatch not all gradients exist at once: when a unit's gradient is made, its activations are
+        freed, so a unit holds the larger of the two (and both only while it runs).
         """
-        return mesh.microbatches > 1
+        every = mesh.gradient_sync == "every"
+        stays = mesh.microbatches > 1
+        return Flags(mesh.tp, mesh.pp > 1, mesh.sequence_parallel, every, stays, mesh.dp_shard > 1)
 
-    def _price(
-        self, position: int, mesh: Mesh, p: UnitParameters, before: UnitParameters, after: UnitParameters
-    ) -> tuple[tuple[Choice, ...], tuple[Parts, ...]]:
-        dp = self.data_parallel(mesh, position)
-        times = self.times(position, mesh.tp, mesh.microbatch_size, mesh.pp > 1)
-        memory = self.memory(position, mesh.tp, mesh.microbatch_size)
-        traffic = self._traffic(p, dp, mesh)
-        static = self.static_parts(position, mesh).total
-        gradients = 0 if self.gradients_stay(mesh) else 4 * ceil_div(p.trainable, dp.dp_shard)
-        choices, parts = [], []
-        for mode in RECOMPUTE if self.facts[position].may_recompute else ("none",):
-            fqn, may = self.graph.units[position].fqn, self.facts[position].may_recompute
-            if may and not self.request.pins.allows_layer(fqn, recompute=mode):
-                continue
-            again = {"none": 0.0, "selective": times.again_selective_s, "full": times.again_full_s}[mode]
-            again_tp = times.tp_forward_s if mode == "full" else 0.0
-            forward = times.forward_s + times.tp_forward_s
-            backward = times.backward_s + times.tp_backward_s + again + again_tp
-            f, b, f_once, b_once = traffic.exposed(forward, backward, dp, first=position == 0)
-            kept = {"none": memory.none, "selective": memory.selective, "full": memory.full}[mode]
-            workspace = memory.workspace + (memory.none - kept)
-            optimizer = self._optimizer_s(p, dp)
-            choices.append(
-                Choice(
-                    name=mode,
-                    forward_s=f,
-                    backward_s=b,
-                    first_forward_extra_s=f_once,
-                    last_backward_extra_s=b_once,
-                    tail_s=optimizer,
-                    static_bytes=static,
-                    saved_bytes=max(kept, gradients),
-                    transient_bytes=min(kept, gradients) + backward_transient_bytes(workspace, p, before, after, dp),
-                )
-            )
-            parts.append(
-                Parts(
-                    compute_s=times.forward_s + times.backward_s,
-                    recompute_s=again,
-                    tp_comm_s=times.tp_forward_s + times.tp_backward_s + again_tp,
-                    dp_comm_s=f + b - forward - backward,
-                    once_dp_comm_s=f_once + b_once,
-                    optimizer_s=optimizer,
-                )
-            )
-        return tuple(choices), tuple(parts)
+    def point(self, mesh: Mesh) -> Point:
+        """The numbers of a mesh that prices depend on; strides beyond every domain are all alike."""
+        strides = (min(self._far, mesh.stride(axis)) for axis in ("tp", "dp_shard", "dp_replicate"))
+        return Point(mesh.microbatch_size, mesh.dp_shard, mesh.dp_replicate, *strides)
 
-    def static_parts(self, position: int, mesh: Mesh) -> StaticParts:
-        """Bytes of the unit that stay on one rank, by part (gradients only where they stay)."""
-        p, dp = self.parameters(position, mesh), self.data_parallel(mesh, position)
-        per_copy = 4 * ceil_div(p.trainable, dp.dp_shard)
-        state = sharded_state_bytes(p, dp)
-        return StaticParts(
-            parameters=state - per_copy * (1 + dp.optimizer_states),
-            gradients=per_copy if self.gradients_stay(mesh) else 0,
-            optimizer=per_copy * dp.optimizer_states,
-            gathered=kept_gathered_bytes(p, dp),
-            buffers=self.buffer_bytes(position),
-        )
+    def prepare(self, meshes: Iterable[Mesh]) -> None:
+        """Price all groups for these meshes at once, where they have no prices yet."""
+        wanted: dict[Flags, dict[Point, None]] = {}
+        for mesh in meshes:
+            flags, point = self.flags(mesh), self.point(mesh)
+            if not any(point in batch.places for batch in self._batches.get(flags, ())):
+                wanted.setdefault(flags, {})[point] = None
+        for flags, new in wanted.items():
+            points = Points.of(list(new))
+            heads = sorted(set(self.groups(flags.tp, flags.piped)))
+            prices = {head: price_group(self, head, flags, points) for head in heads}
+            self._batches.setdefault(flags, []).append(_Batch({p: i for i, p in enumerate(new)}, prices))
+
+    def batch(self, mesh: Mesh) -> tuple[_Batch, int]:
+        """The prices that hold for a mesh, and its place among them."""
+        flags, point = self.flags(mesh), self.point(mesh)
+        for batch in self._batches.get(flags, ()):
+            if point in batch.places:
+                return batch, batch.places[point]
+        self.prepare([mesh])
+        batch = self._batches[flags][-1]
+        return batch, batch.places[point]
+
+    def layer(self, position: int, mesh: Mesh) -> tuple[Choice, ...]:
+        """Choices of the unit at `position` under `mesh`."""
+        group = self.groups(mesh.tp, mesh.pp > 1)[position]
+        batch, place = self.batch(mesh)
+        if (group, place) not in batch.choices:
+            prices = batch.groups[group]
+            names = [*SECONDS, *BYTES]
+            columns = [prices.numbers[name][:, place].tolist() for name in names]
+            batch.choices[group, place] = tuple(
+                _choice(variant, dict(zip(names, values, strict=True)))
+                for variant, *values in zip(prices.variants, *columns, strict=True)
+            )
+        return batch.choices[group, place]
+
+    def parts(self, position: int, mesh: Mesh, choice: int) -> dict[str, float]:
+        """Seconds of one choice by part: per microbatch (forward + backward), and once a step."""
+        group = self.groups(mesh.tp, mesh.pp > 1)[position]
+        prices = price_group(self, group, self.flags(mesh), Points.of([self.point(mesh)]), with_parts=True)
+        return {name: float(prices.parts[name][choice, 0]) for name in PARTS}
+
+    def static_parts(self, position: int, mesh: Mesh, choice: Choice) -> dict[str, int]:
+        """Bytes of the unit that stay on one rank, by part."""
+        flags = self.flags(mesh)
+        own, *_ = self.neighbourhood(position, mesh.tp, flags.piped, choice.sharding == "replicate")
+        dp = data_parallel(self.request, choice.zero_stage, flags.every, mesh.dp_shard, mesh.dp_replicate)
+        return {**static_parts(own, dp, flags.stays), "buffers": self.buffer_bytes(position)}
 
     def buffer_bytes(self, position: int) -> int:
         """Bytes of the buffers that the unit is the first to use."""
         return self._buffer_bytes[position]
 
-    def _optimizer_s(self, p: UnitParameters, dp: DataParallel) -> float:
-        """The optimizer's step and the gradient norm on this rank's shard."""
-        local = ceil_div(p.trainable, dp.dp_shard)
-        return optimizer_s(local, self.device) + clip_s(local, self.device)
-
-    def _traffic(self, p: UnitParameters, dp: DataParallel, mesh: Mesh) -> Traffic:
-        links, device = self.links, self.device
-        gather = collective_s("all_gather", dp.compute_bytes * p.total, dp.dp_shard, mesh.tp, links)
-        reduce = collective_s("reduce_scatter", dp.reduce_bytes * p.trainable, dp.dp_shard, mesh.tp, links)
-        shard = dp.reduce_bytes * ceil_div(p.trainable, dp.dp_shard)
-        reduce += collective_s("all_reduce", shard, dp.dp_replicate, mesh.tp * dp.dp_shard, links)
-
-        def copy_s(n_bytes: float) -> float:
-            if not n_bytes:
-                return 0.0
-            return kernel_s("memory", 0.0, n_bytes, (), "bfloat16", "forward", device)
-
-        return Traffic(
-            gather_s=gather,
-            reduce_s=reduce,
-            gather_copy_s=copy_s(2 * dp.compute_bytes * p.total),
-            reduce_copy_s=copy_s((dp.compute_bytes + dp.reduce_bytes) * p.trainable),
-            accumulate_s=copy_s((dp.compute_bytes + 2 * dp.reduce_bytes) * p.trainable),
-            compute_slowdown=device.overlap_compute_slowdown,
-            comm_slowdown=device.overlap_communication_slowdown,
-        )
-
     def problem(self, mesh: Mesh) -> Problem:
         """The planning problem of one mesh."""
-        stride = mesh.tp * mesh.dp
+        stride = mesh.stride("pp")
         wires = self.wires(mesh.microbatch_size)
         layers: list[Layer] = []
         equal: dict[tuple[int, bool, int], Layer] = {}
-        for position, group in enumerate(self.groups(mesh)):
+        for position, group in enumerate(self.groups(mesh.tp, mesh.pp > 1)):
             cut = self.facts[position].cut_after and mesh.pp > 1
             key = (group, cut, wires[position] if cut else 0)
             if key not in equal:
-                send = collective_s("send_recv", key[2], 2, stride, self.links) if cut else 0.0
-                choices, _ = self.layer(position, mesh)
+                send = collective_s("send_recv", key[2], mesh.pp, stride, self.links) if cut else 0.0
+                choices = self.layer(position, mesh)
                 equal[key] = Layer(kind=len(equal), choices=choices, cut_after=cut, send_s=send, cut_bytes=key[2])
             layers.append(equal[key])
         return Problem(
@@ -318,6 +300,8 @@ class CostModel:
             schedule=mesh.schedule,
             memory_bytes=self.active_limit(mesh),
             step_fixed_s=self.step_fixed_s(mesh),
+            virtual=mesh.virtual,
+            ends=self.ends(mesh.pp * mesh.virtual, mesh.layout) if mesh.virtual > 1 else None,
         )
 
     def fixed_bytes(self, mesh: Mesh) -> dict[str, int]:
@@ -334,10 +318,12 @@ class CostModel:
     def active_limit(self, mesh: Mesh) -> int:
         """The largest peak of active bytes whose device bytes (reserve, context, NCCL) stay within the limit."""
         room = self.request.memory_limit_bytes - sum(self.fixed_bytes(mesh).values())
-        active = math.floor(room / (1 + self.device.reserve_fraction))
-        while active > 0 and active + self.reserve_bytes(active) > room:
-            active -= 1
-        return max(active, 0)
+        if room not in self._limits:
+            active = math.floor(room / (1 + self.device.reserve_fraction))
+            while active > 0 and active + self.reserve_bytes(active) > room:
+                active -= 1
+            self._limits[room] = max(active, 0)
+        return self._limits[room]
 
     def step_fixed_s(self, mesh: Mesh) -> float:
         """Once a step: the all-reduce of the gradient norm over all ranks."""
@@ -362,26 +348,33 @@ class CostModel:
         return round(total)
 
 
+def _choice(variant: Variant, numbers: dict[str, float]) -> Choice:
+    sizes = {name: int(numbers.pop(name)) for name in BYTES}
+    return Choice(variant.recompute, **numbers, **sizes, zero_stage=variant.zero_stage, sharding=variant.sharding)
+
+
 def breakdown(
     model: CostModel, mesh: Mesh, boundaries: Sequence[int], choices: Sequence[int], step_time_s: float
 ) -> dict[str, float]:
-    """The step time by part on the busiest stage; the parts sum to `step_time_s`.
+    """The step time by part on the busiest rank; the parts sum to `step_time_s`.
 
     "bubble" is what remains: waiting for other stages, transfers, and the fixed cost of a step.
     """
-    stages = []
-    begin = 0
-    for end in boundaries:
-        total = dict.fromkeys(("compute", "recompute", "tp_comm", "dp_comm", "optimizer"), 0.0)
+    names = ("compute", "recompute", "tp_comm", "dp_comm", "optimizer")
+    ranks = [dict.fromkeys(names, 0.0) for _ in range(mesh.pp)]
+    known: dict[tuple[int, int], dict[str, float]] = {}
+    groups, m = model.groups(mesh.tp, mesh.pp > 1), mesh.microbatches
+    for chunk, (begin, end) in enumerate(zip((0, *boundaries), boundaries, strict=False)):
+        total = ranks[chunk % mesh.pp]
         for position in range(begin, end):
-            parts = model.layer(position, mesh)[1][choices[position]]
-            m = mesh.microbatches
-            total["compute"] += m * parts.compute_s
-            total["recompute"] += m * parts.recompute_s
-            total["tp_comm"] += m * parts.tp_comm_s
-            total["dp_comm"] += m * parts.dp_comm_s + parts.once_dp_comm_s
-            total["optimizer"] += parts.optimizer_s
-        stages.append(total)
-        begin = end
-    busiest = max(stages, key=lambda t: sum(t.values()))
+            key = (groups[position], choices[position])
+            if key not in known:
+                known[key] = model.parts(position, mesh, choices[position])
+            parts = known[key]
+            total["compute"] += m * parts["compute_s"]
+            total["recompute"] += m * parts["recompute_s"]
+            total["tp_comm"] += m * parts["tp_comm_s"]
+            total["dp_comm"] += m * parts["dp_comm_s"] + parts["once_dp_comm_s"]
+            total["optimizer"] += parts["optimizer_s"]
+    busiest = max(ranks, key=lambda t: sum(t.values()))
     return {**busiest, "bubble": step_time_s - sum(busiest.values())}

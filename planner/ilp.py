@@ -167,6 +167,8 @@ def build(
 def add_row(model: pulp.LpProblem, row: Row) -> None:
     """One named row into the model."""
     name, terms, sense, rhs = row
+    if not terms and {LE: rhs >= 0, EQ: rhs == 0, GE: rhs <= 0}[sense]:
+        return  # all of it is given, and holds
     model.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), sense, name, rhs))
 
 

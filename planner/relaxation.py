@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 
 import numpy as np
 
-from ..costmodels.schedules import in_flight_microbatches
+from ..costmodels.schedules import StageTimes, in_flight_microbatches, in_flight_vectors, simulate
 from .bounds import ROUNDING, mixture
 from .intervals import Chain, stage_work
 from .problem import Problem
+
+TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,8 @@ def relax(problem: Problem, chain: Chain) -> Relaxation:
     values over splits of the layers before and after. A split attains at least its own worst path, and each
     path at least this cost, so the minimum over splits is a bound.
 
-    With one stage both are M (f + v) + first + last + tail with memory priced.
+    With one stage both are M (f + v) + first + last + tail with memory priced. Zero-bubble: H(s) in place of A and Z.
+    Interleaved problems, whose chunks are given, have `fixed_bound` instead.
     """
     m, pp = problem.microbatches, problem.stages
     in_flight = in_flight_microbatches(problem.schedule, pp, m)
@@ -122,6 +126,8 @@ def _mixture_bound(problem: Problem, chain: Chain, bare: float, total: float) ->
     a = mixture(problem.schedule, pp, m)
     if problem.schedule == "gpipe":
         return (a - 1) * bare + total + chain.extra[1] + chain.tail[1]
+    if problem.schedule == "zb":
+        return a * bare
     if m > pp:
         return (a - 1) * bare + total + chain.extra[-1] + chain.tail[1]
     return a * bare + chain.extra[1] + chain.tail[1]
@@ -154,6 +160,8 @@ def _path_costs(
     extra, tail = chain.extra[None, cols], chain.tail[None, cols]
     own = (extra - chain.extra[rows, None]) + (tail - chain.tail[rows, None])
     arrive = chain.forward[rows, None] + chain.send[rows, None] + own
+    if problem.schedule == "zb":
+        return m * work + arrive
     home = tail if s == 0 else chain.tail[1]
     if problem.schedule == "gpipe":
         body = m * work + behind
@@ -166,12 +174,128 @@ def _path_costs(
     return cost
 
 
+def fixed_bound(problem: Problem) -> float:
+    """Lower bound of a problem with given chunks [s]; inf where a rank cannot hold its chunks.
+
+    The step when each layer takes its least forward, backward, ...: the step never falls when a time rises. And R(s)
+    of every rank (`bounds`) with memory priced (`_rank_work`).
+    """
+    assert problem.ends is not None
+    chunks = []
+    known: dict[int, list[float]] = {}
+    for begin, end in zip((0, *problem.ends), problem.ends, strict=False):
+        least = [0.0] * (len(TIMES) + 1)
+        for layer in problem.layers[begin:end]:
+            values = known.get(id(layer.choices))
+            if values is None:
+                names = (*TIMES, "weight_s")
+                values = known[id(layer.choices)] = [min(getattr(c, name) for c in layer.choices) for name in names]
+            least = [a + b for a, b in zip(least, values, strict=True)]
+        send = problem.layers[end - 1].send_s if end < len(problem.layers) else 0.0
+        chunks.append(StageTimes(*least[:-1], send, least[-1]))
+    step = simulate(problem.schedule, chunks, problem.microbatches, virtual=problem.virtual).step_time_s
+    vectors = in_flight_vectors(problem.schedule, problem.stages, problem.microbatches, problem.virtual)
+    before = 0.0
+    for s in range(problem.stages):
+        step = max(step, before + _rank_work(problem, s, max(vectors[s], key=sum)))
+        before += chunks[s].forward_s + chunks[s].backward_s
+    return step * (1 - ROUNDING) + problem.step_fixed_s
+
+
+def _rank_work(problem: Problem, s: int, vector: Sequence[int]) -> float:
+    """Least time of all microbatches on a rank with given chunks, in its memory; layers may mix choices [s].
+
+    The linear relaxation of one choice a layer: every layer's fastest, then fractions of layers move along their
+    convex fronts of (bytes, seconds), fewest seconds per byte first, until `vector` microbatches in flight fit.
+    """
+    assert problem.ends is not None
+    room = float(problem.memory_bytes - problem.stage_fixed_bytes)
+    together: dict[tuple[int, int], list] = {}
+    for c, x in zip(range(s, problem.chunks, problem.stages), vector, strict=True):
+        begin = problem.ends[c - 1] if c else 0
+        room -= x * problem.layers[begin - 1].cut_bytes if c else 0
+        for layer in problem.layers[begin : problem.ends[c]]:
+            together.setdefault((id(layer.choices), x), [layer.choices, 0])[1] += 1
+    total = peak = 0.0
+    moves = []
+    for (_, x), (choices, count) in together.items():
+        points = [
+            (
+                problem.microbatches * (c.forward_s + c.backward_s) + c.first_forward_extra_s + c.last_backward_extra_s,
+                c.static_bytes + x * c.saved_bytes,
+            )
+            for c in choices
+        ]
+        front = convex_front(points)
+        total += count * front[0][0]
+        room -= count * front[0][1]
+        peak = max(peak, min(c.transient_bytes for c in choices))
+        moves += [((b[0] - a[0]) / (a[1] - b[1]), count * (a[1] - b[1])) for a, b in pairwise(front)]
+    room -= peak
+    for slope, size in sorted(moves):
+        if room >= 0:
+            break
+        moved = min(size, -room)
+        total += slope * moved
+        room += moved
+    return total if room >= -1 else inf
+
+
+def convex_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower convex front of (seconds, bytes), from the fastest to the smallest.
+
+    >>> convex_front([(1.0, 10.0), (2.0, 9.0), (3.0, 2.0)])
+    [(1.0, 10.0), (3.0, 2.0)]
+    """
+    front: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if front and point[1] >= front[-1][1]:
+            continue
+        while len(front) > 1 and _slope(front[-2], front[-1]) >= _slope(front[-1], point):
+            front.pop()
+        front.append(point)
+    return front
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Seconds paid per byte saved from a to b."""
+    return (b[0] - a[0]) / (a[1] - b[1])
+
+
+def _fixed_memory(problem: Problem) -> tuple[int, int]:
+    """Lower bound of the bytes that the given chunks need, and the rank that needs them.
+
+    For each vector x of microbatches in flight: sum over the rank's chunks of the least static + x_c saved of each
+    layer, what its cuts keep, and the largest of the layers' least transients.
+    """
+    assert problem.ends is not None
+    pp = problem.stages
+    vectors = in_flight_vectors(problem.schedule, pp, problem.microbatches, problem.virtual)
+    needs = []
+    for s in range(pp):
+        need = 0
+        for vector in vectors[s]:
+            total = transient = 0
+            for c, x in zip(range(s, problem.chunks, pp), vector, strict=True):
+                begin = problem.ends[c - 1] if c else 0
+                total += x * problem.layers[begin - 1].cut_bytes if c else 0
+                for layer in problem.layers[begin : problem.ends[c]]:
+                    total += min(o.static_bytes + x * o.saved_bytes for o in layer.choices)
+                    transient = max(transient, min(o.transient_bytes for o in layer.choices))
+            need = max(need, total + transient)
+        needs.append(need + problem.stage_fixed_bytes)
+    return max(needs), needs.index(max(needs))
+
+
 def least_memory(problem: Problem, chain: Chain) -> tuple[int, int]:
     """The least limit under which some assignment fits, exactly, and the stage that needs it [B].
 
     min over splits of max_s of min over choices of static + x_s saved + x_s cut + transient + fixed; the
-    largest transient is tried at every value that occurs. Needs as many legal pieces as stages.
+    largest transient is tried at every value that occurs. Needs as many legal pieces as stages. For given chunks it
+    is a lower bound (`solve` has the exact figure).
     """
+    if problem.ends is not None:
+        return _fixed_memory(problem)
     pp = problem.stages
     far = np.int64(2**50)
     levels = np.unique(chain.transient)

@@ -25,15 +25,14 @@ class UnitTimes:
 
     forward_s, backward_s : operators (host floor included), without collectives
     again_selective_s, again_full_s : forward operators that run again in backward under recomputation
-    tp_forward_s, tp_backward_s : tensor-parallel collectives (exposed)
+    weight_s : the part of backward_s that makes gradients of weights
     """
 
     forward_s: float
     backward_s: float
     again_selective_s: float
     again_full_s: float
-    tp_forward_s: float
-    tp_backward_s: float
+    weight_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +158,11 @@ def unit_times(
     tp: int,
     b: int,
     clock: KernelClock,
-    links: LinkModel,
     fused: bool,
 ) -> UnitTimes:
     """Seconds of one unit of class `cls` (see `UnitTimes`); `fused` = its element-wise operators are compiled."""
     kept = kept_by_selective(cls.ops)
-    forward = backward = again_selective = 0.0
+    forward = backward = again_selective = weight = 0.0
     forward_ops = backward_ops = again_ops = 0
     for i, op in enumerate(cls.ops):
         split = sharding.op_split[i] if sharding is not None and tp > 1 else None
@@ -176,29 +174,45 @@ def unit_times(
             again_selective += one
             again_ops += launched
         for kernel in op.backward:
-            backward += clock.seconds(kernel, split, tp, b, op.forward.dims, fused) * op.repeat
+            one = clock.seconds(kernel, split, tp, b, op.forward.dims, fused) * op.repeat
+            backward += one
+            weight += one if kernel.wrt == "weight" else 0.0
             backward_ops += op.repeat if kernel.kind != "free" else 0
     mode = "compiled" if fused and clock.fused else clock.eager_mode
 
     def busy(gpu_s: float, ops: int) -> float:
         return max(gpu_s, host_floor_s(ops, clock.device, mode))
 
-    tp_forward = tp_backward = 0.0
-    if sharding is not None and tp > 1:
-        for item in sharding.collectives:
-            seconds = collective_s(item.collective, item.bytes.at(b), tp, 1, links) * item.repeat
-            if item.phase == "forward":
-                tp_forward += seconds
-            else:
-                tp_backward += seconds
     return UnitTimes(
         forward_s=busy(forward, forward_ops),
         backward_s=busy(backward, backward_ops),
         again_selective_s=busy(again_selective, again_ops),
         again_full_s=busy(forward, forward_ops),
-        tp_forward_s=tp_forward,
-        tp_backward_s=tp_backward,
+        weight_s=weight,
     )
+
+
+def unit_collectives_s(
+    sharding: ClassSharding | None, tp: int, stride: int, b: int, links: LinkModel
+) -> tuple[float, float]:
+    """Seconds of one unit's tensor-parallel collectives, forward and backward (exposed).
+
+    Parameters
+    ----------
+    stride : int
+        Distance in ranks between neighbours of the tp group.
+    b : int
+        Samples of the microbatch.
+    """
+    forward = backward = 0.0
+    if sharding is not None and tp > 1:
+        for item in sharding.collectives:
+            seconds = collective_s(item.collective, item.bytes.at(b), tp, stride, links) * item.repeat
+            if item.phase == "forward":
+                forward += seconds
+            else:
+                backward += seconds
+    return forward, backward
 
 
 def tensor_bytes(cls: UnitClass, sharding: ClassSharding | None, tensor: int, tp: int, b: int) -> float:
@@ -261,6 +275,8 @@ def unit_memory(
     inputs = {cls.tensors[t].base for t in cls.inputs}
     kept = kept_by_selective(cls.ops)
     outputs_kept = {cls.tensors[t].base for i in kept for t in cls.ops[i].outputs}
+    if sharding is not None and tp > 1:
+        outputs_kept |= sharding.gathered  # what collectives gave is kept
     none, full = total(saved), total(inputs)
     if compiled:
         none = min(none, total(saved_when_compiled(cls)))
