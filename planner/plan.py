@@ -1,13 +1,14 @@
 """plan.json: the versioned schema of a plan, strict to read, deterministic to write.
 
 `schema_version` stays 1 until a release; new fields get defaults, so that a plan once written loads for ever.
-Degrees use torchtitan's names. GPUs = pp x dp_replicate x dp_shard x cp x tp; the device mesh is ordered
-(pp, dp_replicate, dp_shard, cp, tp), tp innermost (consecutive ranks).
+Degrees use torchtitan's names. GPUs = pp x dp_replicate x dp_shard x cp x tp; `mesh.order` says which
+of these axes consecutive ranks run along.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -105,15 +106,20 @@ class MeshSection(_Section):
         return self
 
     @property
+    def degrees(self) -> dict[str, int]:
+        """The degree of each axis of the device mesh, by its short name in the order of `AXES`."""
+        return {
+            "pp": self.pipeline_parallel_degree,
+            "dp_replicate": self.data_parallel_replicate_degree,
+            "dp_shard": self.data_parallel_shard_degree,
+            "cp": self.context_parallel_degree,
+            "tp": self.tensor_parallel_degree,
+        }
+
+    @property
     def world_size(self) -> int:
         """Number of GPUs (processes)."""
-        return (
-            self.pipeline_parallel_degree
-            * self.data_parallel_replicate_degree
-            * self.data_parallel_shard_degree
-            * self.context_parallel_degree
-            * self.tensor_parallel_degree
-        )
+        return math.prod(self.degrees.values())
 
     @property
     def data_parallel_degree(self) -> int:

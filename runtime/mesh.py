@@ -96,14 +96,7 @@ def rank_grid(section: MeshSection) -> torch.Tensor:
     tensor([[0, 2],
             [1, 3]])
     """
-    degrees = {
-        "pp": section.pipeline_parallel_degree,
-        "dp_replicate": section.data_parallel_replicate_degree,
-        "dp_shard": section.data_parallel_shard_degree,
-        "cp": section.context_parallel_degree,
-        "tp": section.tensor_parallel_degree,
-    }
-    laid_out = torch.arange(section.world_size).reshape([degrees[axis] for axis in section.order])
+    laid_out = torch.arange(section.world_size).reshape([section.degrees[axis] for axis in section.order])
     grid = laid_out.permute([section.order.index(axis) for axis in AXES])
     # By way of a flat tensor: torch's meshes look at strides, and axes of degree 1 keep theirs from their old place.
     return grid.flatten().reshape(grid.shape)

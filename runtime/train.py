@@ -112,7 +112,7 @@ def check_runnable(plan: Plan) -> None:
         what = f"schedule {plan.schedule.name}, ZeRO {plan.sharding.zero_stage}"
         raise UsageError(
             f"This plan ({what}) can be estimated and exported, but not run.",
-            "Plan again with `tpplan suggest`; `run` takes ZeRO 2 and 3.",
+            "Plan again with `tpplan suggest`; `run` takes 1F1B, GPipe and interleaved 1F1B, ZeRO 2 and 3.",
         )
 
 
@@ -136,7 +136,7 @@ def optimizer_factory(
 
 
 def introduction(parallel: Parallel, options: RunOptions) -> str:
-    """What is about to run, in three lines."""
+    """What is about to run, in a few lines."""
     plan, mesh = parallel.plan, parallel.mesh
     degrees = [f"{axis} {mesh.degree(axis)}" for axis in ("pp", "dp_replicate", "dp_shard", "tp")]
     weighting = {
@@ -147,8 +147,22 @@ def introduction(parallel: Parallel, options: RunOptions) -> str:
     return (
         f"{parallel.target.name} on {plan.mesh.world_size} x {parallel.device.type}: {', '.join(degrees)}; "
         f"torch {torch.__version__}, Python {sys.version.split()[0]}\n"
-        f"Global batch {plan.batch.global_batch} = {plan.batch.microbatches} microbatches of "
+        + "".join(f"{line}\n" for line in pipeline_lines(plan))
+        + f"Global batch {plan.batch.global_batch} = {plan.batch.microbatches} microbatches of "
         f"{plan.batch.microbatch_size} x {mesh.replicas} replicas; {plan.precision.name}; "
         f"{plan.precision.optimizer}, lr {options.lr:g}, gradients {clipping}; seed {options.seed}\n"
         f"Loss: {weighting}."
     )
+
+
+def pipeline_lines(plan: Plan) -> list[str]:
+    """The schedule of a pipeline, and which ranks are neighbours where there is a choice."""
+    lines, mesh = [], plan.mesh
+    if mesh.pipeline_parallel_degree > 1:
+        chunks = plan.schedule.virtual_stages
+        lines.append(f"Schedule {plan.schedule.name}{f' with {chunks} stages a rank' if chunks > 1 else ''}.")
+    degrees = mesh.degrees
+    inside_out = [axis for axis in reversed(mesh.order) if degrees[axis] > 1]
+    if len(inside_out) > 1:
+        lines.append(f"Consecutive ranks run along {inside_out[0]}, then {', '.join(inside_out[1:])}.")
+    return lines
