@@ -11,11 +11,11 @@ from brute_force import answer, every_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instances import known, random_limit, random_problem, with_kinds
-from large_oracle import large_problem, optimum
+from large_oracle import large_given, large_problem, optimum, optimum_given
 from tpplan.costmodels.schedules import SCHEDULES
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Choice, Layer, Problem
-from tpplan.planner.relaxation import relax
+from tpplan.planner.relaxation import fixed_bound, relax
 from tpplan.planner.runs import fold
 from tpplan.planner.solve import solve
 
@@ -24,7 +24,7 @@ def recomputable(problem: Problem) -> Problem:
     """The problem with those choices alone that differ from a layer's first one in backward time and bytes."""
 
     def alike(a: Choice, b: Choice) -> bool:
-        names = ("forward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s")
+        names = ("forward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s", "weight_s")
         return all(getattr(a, name) == getattr(b, name) for name in names)
 
     layers = [
@@ -36,25 +36,26 @@ def recomputable(problem: Problem) -> Problem:
 
 def test_the_second_engine_is_brute_force_on_small_problems() -> None:
     bound = infeasible = 0
-    for seed in range(60):
+    for seed in range(120):
         rng = random.Random(30_000 + seed)
-        problem = recomputable(random_problem(rng, 6, ("1f1b", "gpipe")))
+        problem = recomputable(random_problem(rng, 6, SCHEDULES))
         plans = list(every_plan(problem))
         if not plans:
             continue
         peaks = sorted(int(peak) for p in plans for peak in p.peak_bytes.max(0))
         problem = replace(problem, memory_bytes=random_limit(rng, peaks))
         expected = answer(problem, plans)
-        assert optimum(problem)[0] == pytest.approx(expected.optimum_s, rel=1e-12)
+        best, _ = optimum(problem) if problem.ends is None else optimum_given(problem)
+        assert best == pytest.approx(expected.optimum_s, rel=1e-12)
         bound += expected.unlimited_s < expected.optimum_s < inf
         infeasible += expected.optimum_s == inf
-    assert bound >= 18
-    assert infeasible >= 6
+    assert bound >= 36
+    assert infeasible >= 12
 
 
-@pytest.mark.parametrize("seed", [3, 8])
+@pytest.mark.parametrize("seed", [13, 18])
 def test_two_exact_engines_agree_on_a_large_problem(seed: int) -> None:
-    """benchmarks/exactness.py has forty of these."""
+    """benchmarks/exactness.py has thirty of these."""
     problem = large_problem(seed)
     best, _ = optimum(problem)
     relaxation = relax(problem, chain_arrays(problem.layers))
@@ -62,6 +63,16 @@ def test_two_exact_engines_agree_on_a_large_problem(seed: int) -> None:
     windows = relaxation.windows(first.objective_s * (1 + 1e-9))
     solution = solve(problem, gap=1e-6, windows=windows)
     assert relaxation.lb2_s <= best
+    assert solution.objective_s == pytest.approx(best, rel=1e-6)
+    assert solution.lower_bound_s <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", [5, 9, 11])
+def test_two_exact_engines_agree_on_given_chunks(seed: int) -> None:
+    problem = large_given(seed)
+    best, _ = optimum_given(problem)
+    solution = solve(problem, gap=1e-6)
+    assert fixed_bound(problem) <= best
     assert solution.objective_s == pytest.approx(best, rel=1e-6)
     assert solution.lower_bound_s <= best * (1 + 1e-9)
 
