@@ -81,9 +81,54 @@ def test_json_is_the_plan_and_nothing_else(run, tmp_path: Path) -> None:
 def test_suggest_is_deterministic(run) -> None:
     args = ("suggest", NANOGPT, *TINY, "--gpus", "4", "--format", "json")
     first, second = (json.loads(run(*args)[1]) for _ in range(2))
-    first["solver"].pop("wall_s")
-    second["solver"].pop("wall_s")
+    for plan in (first, second):
+        assert sum(plan["solver"].pop("seconds").values()) > 0
+        plan["solver"].pop("wall_s")
     assert first == second
+
+
+def test_the_number_of_workers_changes_nothing(run) -> None:
+    plans = []
+    for workers in ("1", "2"):
+        args = ("--gpus", "4", "--global-batch", "16", "--format", "json", "--workers", workers)
+        plan = json.loads(run("suggest", NANOGPT, *TINY, *args)[1])
+        plans.append({**plan, "solver": {k: v for k, v in plan["solver"].items() if k not in ("seconds", "wall_s")}})
+    assert plans[0] == plans[1]
+
+
+def test_a_ranking_is_shown_and_kept(run, tmp_path: Path) -> None:
+    code, out, _ = run("suggest", NANOGPT, *TINY, "--gpus", "4", "--top", "3")
+    assert code == 0
+    assert "this plan" in out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    meshes = [plan["mesh"], *(row["mesh"] for row in plan["alternatives"])]
+    degrees = {tuple(v for k, v in mesh.items() if k != "order") for mesh in meshes}
+    assert len(degrees) == len(meshes) == 3
+    pins = [part for pin in plan["alternatives"][1]["fix"] for part in ("--fix", pin)]
+    code, out, _ = run("suggest", NANOGPT, *TINY, "--gpus", "4", "--format", "json", *pins)
+    assert json.loads(out)["mesh"] == plan["alternatives"][1]["mesh"]
+
+
+def test_the_certificate_and_the_space_are_shown(run) -> None:
+    code, out, _ = run("suggest", NANOGPT, *TINY, "--gpus", "2", "--forbid", "schedule=interleaved")
+    assert code == 0
+    for text in ("Proof: step time is at least", "combinations", "Seconds:", "not searched:", "schedule!=interleaved"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--objective", "cost", "--price", "2"], "No plan costs less than"),
+        (["--objective", "memory"], "No plan of the space needs less than"),
+        (["--objective", "gpus", "--target-step-time", "100"], "With 1 GPU a step takes"),
+    ],
+)
+def test_other_objectives_say_what_they_prove(run, tmp_path: Path, args: list[str], said: str) -> None:
+    code, out, _ = run("suggest", NANOGPT, *TINY, "--gpus", "2", "--global-batch", "8", *args)
+    assert code == 0
+    assert said in out
+    assert json.loads((tmp_path / "plan.json").read_text())["solver"]["objective"] == args[1]
 
 
 def test_text_mode_writes_the_plan_and_names_the_next_step(run, tmp_path: Path) -> None:
@@ -134,6 +179,8 @@ def test_hardware_lists_the_profiles(run) -> None:
         (["--gpus", "4", "--model-arg", "n_layer"], 2, ["--model-arg"]),
         (["--gpus", "4", "-o", "missing/plan.json"], 2, ["no folder"]),
         (["--gpus", "4", "--time-limit", "0"], 2, ["--time-limit"]),
+        (["--gpus", "4", "--objective", "gpus"], 2, ["--target-step-time"]),
+        (["--gpus", "4", "--objective", "gpus", "--target-step-time", "1e-6"], 3, ["No number of GPUs up to 4"]),
     ],
 )
 def test_bad_input_is_told_in_a_line(run, tmp_path: Path, args: list[str], code: int, said: list[str]) -> None:
