@@ -167,13 +167,8 @@ def fewest_gpus(
         step = result.ranking[0].evaluation.step_time_s
         best_s = min(best_s, step)
         if step <= target:
-            return Reached(
-                solved,
-                (
-                    *proofs,
-                    f"{_gpus(count)} reach{'es' * (count == 1)} {format_seconds(target)}: {format_seconds(step)}",
-                ),
-            )
+            reached = f"with {_gpus(count)} a step takes {format_seconds(step)}, at most {format_seconds(target)}"
+            return Reached(solved, (*proofs, reached))
         sure = "" if result.lower_bound_s > target else " (not proven: within the gap)"
         proofs.append(f"{_gpus(count)}: at least {format_seconds(result.lower_bound_s)} a step{sure}")
     fastest = f"; the fastest plan takes {format_seconds(best_s)}" if best_s < float("inf") else ""
