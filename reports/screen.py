@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -132,13 +133,16 @@ def _memory(plan: Plan) -> Table:
     names = [n for n in plan.predicted.memory_bytes[0] if any(s[n] for s in plan.predicted.memory_bytes)]
     for column in ("rank", "units", *names, "device", "of limit"):
         table.add_column(column, justify="right")
-    for stage, parts, device in _sample(
-        list(zip(plan.stages, plan.predicted.memory_bytes, plan.predicted.device_bytes, strict=True))
+    units = Counter[int]()  # a rank of an interleaved pipeline runs several of the plan's stages
+    for stage in plan.stages:
+        units[stage.pipeline_rank] += len(stage.modules)
+    for (rank, count), parts, device in _sample(
+        list(zip(sorted(units.items()), plan.predicted.memory_bytes, plan.predicted.device_bytes, strict=True))
     ):
         cells = [f"{gib(parts[n]):.1f}" for n in names]
         table.add_row(
-            str(stage.pipeline_rank),
-            str(len(stage.modules)),
+            str(rank),
+            str(count),
             *cells,
             f"{gib(device):.1f}",
             f"{device / limit:.0%}",
