@@ -156,8 +156,8 @@ def suggest_in_detail(
     from .opaque import opaque_notes
     from .target import load_target
 
-    clock.lap("imports")
     loaded = load_target(target, model_args=dict(model_args or {}), inputs=tuple(inputs), precision=precision)
+    clock.lap("imports")  # torch, the model's libraries and its own file
     default = loaded.sequence_default()
     length = seq_len or default.length
     request = Request(
