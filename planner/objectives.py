@@ -130,15 +130,28 @@ def _gpus(count: int) -> str:
 def _each_count(
     subject: Subject, request: Request, options: SearchOptions, say: Callable[[str, str], None], count: int, gap: float
 ) -> Solved | str:
-    """The search for one number of GPUs, or why there is no plan with so many."""
+    """The search for one number of GPUs, or why there is no plan with so many.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If the search was interrupted: an answer would need the other numbers too.
+    """
     say("gpus", _gpus(count))
     try:
         solved = solve_for(subject, replace(request, gpus=count, gap=gap), options)
     except TpplanError as error:
         return error.message
+    if interrupted(solved):
+        raise KeyboardInterrupt
     if solved.best is None:
         return "nothing fits" if solved.result.status == "infeasible" else "no plan found in time"
     return solved
+
+
+def interrupted(solved: Solved) -> bool:
+    """Whether Ctrl-C ended the search (nothing else does where there is no time limit)."""
+    return solved.request.time_limit_s is None and solved.result.status in ("feasible", "unknown")
 
 
 def fewest_gpus(

@@ -85,6 +85,8 @@ def find_repairs(
             working[attempt.family] = _repair(attempt.text, solved)
         elif solved.result.status == "infeasible":
             in_vain.append(attempt.text)
+        elif time.monotonic() < deadline:
+            break  # Ctrl-C: tell what is known
         else:
             late.append(attempt.text)
     return list(working.values()), in_vain + [f"{text} (no time left)" for text in late]
