@@ -15,8 +15,10 @@ from tpplan.planner.plan import AXES, MeshSection, Plan
 from tpplan.runtime.data import Samples
 from tpplan.runtime.initialise import build_seeded
 from tpplan.runtime.mesh import rank_grid
+from tpplan.runtime.metrics import closing_table
 from tpplan.runtime.pipeline import make_schedule
 from tpplan.runtime.stage import sections_of
+from tpplan.runtime.train import check_runnable, pipeline_lines
 
 # With pp 2 and 2 chunks a rank, `first` and `third` share their weight on rank 0, all four stages hold the gain.
 MODEL = """
@@ -133,6 +135,26 @@ def test_stages_on_other_ranks_than_in_turn_are_refused(tmp_path: Path) -> None:
         sections_of(Plan.model_validate(data), 0)
     with pytest.raises(PlanFileError, match="4 stages for 2 pipeline ranks with 1 each"):
         sections_of(Plan.model_validate(plan.model_dump() | {"schedule": {"name": "1f1b"}}), 0)
+
+
+def test_a_run_says_its_schedule_its_neighbours_and_the_memory_of_each_rank(tmp_path: Path) -> None:
+    plan = plan_of_chunks(tmp_path, dp_shard=2, order=["tp", "dp_shard", "cp", "dp_replicate", "pp"])
+    assert pipeline_lines(plan) == [
+        "Schedule interleaved with 2 stages a rank.",
+        "Consecutive ranks run along pp, then dp_shard.",
+    ]
+    rows = closing_table(plan, [1.0], [2**20, 2**28], "active").splitlines()
+    assert [row.split("  ")[0] for row in rows[2:4]] == ["peak memory, stages 0, 2", "peak memory, stages 1, 3"]
+    assert rows[3].endswith("256.0 MiB  1.00")
+
+
+@pytest.mark.parametrize("change", [{"name": "zb", "runnable": False}, {"runnable": False}])
+def test_plans_for_estimates_only_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    plan = plan_of_chunks(tmp_path)
+    check_runnable(plan)
+    schedule = plan.schedule.model_dump() | change
+    with pytest.raises(UsageError, match="can be estimated and exported, but not run"):
+        check_runnable(Plan.model_validate(plan.model_dump() | {"schedule": schedule}))
 
 
 def test_consecutive_ranks_run_along_the_innermost_axis() -> None:

@@ -23,6 +23,11 @@ CHOICES: dict[str, dict[str, Any]] = {
         "model_args": {"depth": "18", "width": "8", "num_classes": "10"},
         "seq_len": 32,
     },
+    "llama, interleaved": {
+        "target": str(EXAMPLES / "llama_tiny"),
+        "seq_len": 16,
+        "fix": ["schedule=interleaved", "pp=2", "tp=1"],
+    },
     "lora": {"target": str(EXAMPLES / "lora.py"), "model_args": GPT_ARGS, "seq_len": 16, "fix": ["tp=2", "pp=2"]},
 }
 T5 = {
