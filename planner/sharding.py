@@ -106,7 +106,8 @@ def with_sequence_parallel(graph: ModelGraph, sharding: Sharding) -> Sharding | 
     """The layout with the stream between row and col layers split along its tokens; None where that is not possible.
 
     Row layers scatter their sums (style output "sequence"), projections gather what they read, and everything
-    between runs on, and keeps, 1/tp of the tokens, which tp must divide. The split of the parameters is the same.
+    between runs on, and keeps, 1/tp of the tokens, which tp must divide. Modules that cannot run on a part of them
+    run whole (output "sequence" too: it is cut). The split of the parameters is the same.
     """
     found = sharding.sequence
     if not found.possible:
@@ -114,7 +115,8 @@ def with_sequence_parallel(graph: ModelGraph, sharding: Sharding) -> Sharding | 
     classes = list(sharding.classes)
     for index, change in found.classes.items():
         classes[index] = _with_stream(classes[index], change, graph.classes[index])
-    scattered = {fqn: replace(sharding.styles[fqn], output="sequence") for fqn in found.scattered}
+    marked = sorted(found.scattered | found.islands)
+    scattered = {fqn: replace(sharding.styles.get(fqn, Style("replicate")), output="sequence") for fqn in marked}
     return replace(
         sharding,
         classes=tuple(classes),

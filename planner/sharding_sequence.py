@@ -20,6 +20,7 @@ from .graph import Affine, Unit, UnitClass
 from .sharding_search import Search
 from .sharding_states import Collective, Conflict, Outcome, absolute, tensor_bytes
 from .sharding_stream import Stream, follow, is_stream
+from .sharding_walk import inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class SequenceParallel:
     tokens : tp must divide this (common divisor of the lengths of all streams)
     reason : what stops it, "" if nothing does
     scattered : row layers whose sum is scattered along the tokens
+    islands : modules that run whole: what they are given is gathered, what they return is cut
     ends : units whose output is gathered, because what reads it is outside the stretch
     streams : (unit position, output index) of the tensors that are split where they cross from unit to unit
     classes : what changes in each class, by index; other classes stay as they are
@@ -59,6 +61,7 @@ class SequenceParallel:
     tokens: int = 0
     reason: str = ""
     scattered: frozenset[str] = frozenset()
+    islands: frozenset[str] = frozenset()
     ends: tuple[str, ...] = ()
     streams: frozenset[tuple[int, int]] = frozenset()
     classes: Mapping[int, ClassSequence] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class SequenceParallel:
 def sequence_parallel(search: Search) -> SequenceParallel:
     """Follow the stream from the first unit with a row layer to the last."""
     graph = search.graph
-    summing = [u.position for u in graph.units if search.outcomes[u.class_index].rows]
+    summing = [u.position for u in graph.units if _sums(search.outcomes[u.class_index])]
     if not summing:
         return SequenceParallel(False, reason="no layer is split along what it sums over")
     stretch = graph.units[summing[0] : summing[-1] + 1]
@@ -81,11 +84,17 @@ def sequence_parallel(search: Search) -> SequenceParallel:
             if search.outcomes[unit.class_index].rows or search.outcomes[unit.class_index].columns:
                 where = absolute(unit.fqn, conflict.weight.strip("/")) or graph.name
                 return SequenceParallel(False, reason=f"{where}: {conflict}")
+    if not any(stream.scattered for stream in found.values()):
+        return SequenceParallel(False, reason="no row layer's sum can be scattered along the tokens")
     lengths = set[int]().union(*(s.lengths for s in found.values()))
     tokens = math.gcd(*lengths) if lengths else 0
     if tokens <= 1:
         return SequenceParallel(False, reason=f"streams of {', '.join(map(str, sorted(lengths)))} tokens")
     return _Stretch(search, found, stretch, tokens).result()
+
+
+def _sums(outcome: Outcome) -> bool:
+    return bool(outcome.rows or outcome.regions)
 
 
 def _may_hold_a_stream(search: Search, unit: Unit) -> bool:
@@ -123,6 +132,7 @@ class _Stretch:
             modules=tuple(modules),
             tokens=self.tokens,
             scattered=frozenset(absolute(u.fqn, f) for u in self.units for f in self.found[u.class_index].scattered),
+            islands=frozenset(absolute(u.fqn, f) for u in self.units for f in self.found[u.class_index].islands),
             ends=tuple(sorted(ends)),
             streams=frozenset(
                 (u.position, i)
@@ -144,15 +154,15 @@ class _Stretch:
         counted with the unit outside.
         """
         graph = self.search.graph
-        cls, inside = graph.classes[unit.class_index], unit.position in self.positions
+        cls, within = graph.classes[unit.class_index], unit.position in self.positions
         for (position, output), tensor in zip(unit.sources, cls.inputs, strict=True):
-            if position < 0 or (position in self.positions) == inside:
+            if position < 0 or (position in self.positions) == within:
                 continue
             maker = graph.units[position]
             n_bytes = tensor_bytes(cls.tensors[tensor])
-            if inside and is_stream(cls, tensor):
+            if within and is_stream(cls, tensor):
                 self._add(maker.class_index, "backward", n_bytes)
-            elif not inside and self.found[maker.class_index].outputs[output]:
+            elif not within and self.found[maker.class_index].outputs[output]:
                 self._add(unit.class_index, "forward", n_bytes)
                 self.ends.add(position)
 
@@ -166,14 +176,19 @@ class _Stretch:
 def _changes(search: Search, index: int, stream: Stream) -> ClassSequence:
     """A class's collectives and kept tensors with the stream split."""
     cls, outcome = search.graph.classes[index], search.outcomes[index]
-    gathered = {storage for storage, _ in stream.gathers}
-    saved = {cls.tensors[t].base for op in cls.ops if outcome.op_split[op.index] == "n" for t in op.saved}
+    gathered = {storage for storage, _ in (*stream.gathers, *stream.given)}
+    saved = {
+        cls.tensors[t].base
+        for op in cls.ops
+        if outcome.op_split[op.index] == "n" or _on_island(stream, op.fqn)
+        for t in op.saved
+    }
     split = {cls.tensors[t].base for t in stream.tensors} | stream.tensors
     return ClassSequence(
         streams=frozenset(split),
         works=frozenset(stream.works),
         gathered=frozenset(gathered & saved),
-        collectives=tuple(_collectives(cls, outcome, stream, gathered)),
+        collectives=tuple(_collectives(cls, outcome, stream)),
         gradient_sums=tuple(
             Collective("backward", "all_reduce", tensor_bytes(cls.tensors[tensor]), name)
             for name, tensor in sorted(stream.parameters.items())
@@ -181,13 +196,25 @@ def _changes(search: Search, index: int, stream: Stream) -> ClassSequence:
     )
 
 
-def _collectives(cls: UnitClass, outcome: Outcome, stream: Stream, gathered: set[int]) -> Iterator[Collective]:
-    """Sums after row layers become scatters, sums of col layers' input gradients too; each has its gather."""
+def _on_island(stream: Stream, fqn: str) -> bool:
+    return any(inside(fqn, island) for island in stream.islands)
+
+
+def _collectives(cls: UnitClass, outcome: Outcome, stream: Stream) -> Iterator[Collective]:
+    """Sums after row layers become scatters, sums of col layers' input gradients too; each has its gather.
+
+    Islands keep theirs; what they are given is gathered, and so are the gradients of what they return.
+    """
+    gathered = {storage for storage, _ in stream.gathers}
     replaced = {
         (tensor_bytes(cls.tensors[tensor]), module)
         for (tensor, _), module in outcome.inputs_summed.items()
-        if tensor in gathered
+        if tensor in gathered and not _on_island(stream, module)
     }
+    for storage, island in sorted(stream.given):
+        yield Collective("forward", "all_gather", tensor_bytes(cls.tensors[storage]), island)
+    for tensor, island in stream.cuts.items():
+        yield Collective("backward", "all_gather", tensor_bytes(cls.tensors[tensor]), island)
     for (storage, _), module in stream.gathers.items():
         yield from _pair("all_gather", "reduce_scatter", tensor_bytes(cls.tensors[storage]), module)
     for item in outcome.collectives:

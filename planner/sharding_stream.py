@@ -5,7 +5,9 @@
     tokens on each rank)   |  -------------- residual --------------------------------------> add
 
 A *door* is a module that holds col layers and does nothing with the stream itself: what it is given is gathered
-there, once for all its projections. A projection without a door gathers its own input.
+there, once for all its projections. A projection without a door gathers its own input. An *island* is a module whose
+code cannot run on a part of the tokens (a mixture of experts): what it is given is gathered, it runs as without the
+split, and what it returns is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from .sharding_carry import references
 from .sharding_products import PRODUCTS
 from .sharding_rules import POINTWISE, Interpreter, live_operators
 from .sharding_search import Search
-from .sharding_states import Conflict, Decision, Layer, Outcome, Partial, Split, State, Weight, Whole
+from .sharding_states import Conflict, Decision, Layer, Partial, Split, State, Weight, Whole
 from .sharding_walk import PROBE, inside
 
 _SOURCE = "tokens"
@@ -37,6 +39,9 @@ class Stream:
     modules : modules (relative FQN) whose operators these are
     scattered : row layers whose sum is scattered along the tokens
     gathers : (storage, door) -> module that reads it whole
+    islands : modules that run whole inside the stretch
+    given : (storage, island) for what islands are given
+    cuts : tensors that islands return whole and that are then cut
     parameters : whole parameters that the stream reads, by name in the first unit -> tensor id
     lengths : tokens of each stream
     """
@@ -47,6 +52,9 @@ class Stream:
     modules: set[str] = field(default_factory=set)
     scattered: set[str] = field(default_factory=set)
     gathers: dict[tuple[int, str], str] = field(default_factory=dict)
+    islands: set[str] = field(default_factory=set)
+    given: set[tuple[int, str]] = field(default_factory=set)
+    cuts: dict[int, str] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
 
@@ -67,42 +75,51 @@ def follow(search: Search, index: int) -> Stream:
         If an operator cannot run on a part of the tokens; `weight` is the module's relative FQN.
     """
     outcome = search.outcomes[index]
-    _refuse(search, index, outcome)
-    columns = {fqn for fqn in outcome.columns if fqn in search.layers[index]}
-    doors = {fqn.rpartition(".")[0] for fqn in columns} - {""}
-    while True:
-        found = _Follower(search, index, doors, columns).run()
-        if not doors & found.modules:
-            return found
-        doors -= found.modules
-
-
-def _refuse(search: Search, index: int, outcome: Outcome) -> None:
-    """Raise for styles that the runtime does not combine with a split stream."""
-    reason = "is not run with a stream that is split along its tokens"
-    if outcome.regions or outcome.raw:
-        raise Conflict(frozenset(), f"a module whose code reads split parameters {reason}", weight="")
     kinds = {search.layers[index][f].kind for f in (*outcome.rows, *outcome.columns) if f in search.layers[index]}
     if "convolution" in kinds or outcome.channels:
-        raise Conflict(frozenset(), f"a split convolution {reason}", weight="")
-    if search.opaque[index]:
-        raise Conflict(frozenset(), f"an opaque part {reason}", weight="")
+        raise Conflict(frozenset(), "a split convolution is not run beside a split stream")
+    layers = search.layers[index]
+    columns = {fqn for fqn in outcome.columns if fqn in layers and layers[fqn].kind != "raw"}
+    doors = {fqn.rpartition(".")[0] for fqn in columns} - {""}
+    islands: set[str] = set()
+    while True:
+        follower = _Follower(search, index, doors, columns, islands)
+        try:
+            follower.run()
+        except Conflict as conflict:
+            island = _island(search, index, conflict.weight)
+            if not doors & follower.found.modules:
+                if island is None or island in islands:
+                    raise
+                islands.add(island)
+        else:
+            if not doors & follower.found.modules:
+                return follower.found
+        doors -= follower.found.modules
+
+
+def _island(search: Search, index: int, fqn: str) -> str | None:
+    """The child of the unit around module `fqn`, to run whole; None for the unit itself, layers and lists."""
+    child, _, rest = fqn.partition(".")
+    listed = rest.partition(".")[0].isdigit()
+    return None if not child or child.startswith("/") or listed or child in search.layers[index] else child
 
 
 class _Follower:
-    """One walk over the operators of a class, with `doors` given."""
+    """One walk over the operators of a class, with `doors` and `islands` given."""
 
-    def __init__(self, search: Search, index: int, doors: set[str], columns: set[str]) -> None:
+    def __init__(self, search: Search, index: int, doors: set[str], columns: set[str], islands: set[str]) -> None:
         self.cls, self.outcome = search.graph.classes[index], search.outcomes[index]
         self.layers, self.columns, self.doors = search.layers[index], columns, doors
         layer = Layer(_SOURCE, "", "linear", 1, 1)
         views = search.views[index]
         self.walk = Interpreter(self.cls, {_SOURCE: layer}, {_SOURCE: Decision("col")}, lambda name: False, views)
         self.maker: dict[int, str] = {}
-        self.found = Stream()
+        self.opaque = search.opaque[index]
+        self.found = Stream(islands=set(islands))
 
-    def run(self) -> Stream:
-        """What a split of the stream means, with these doors."""
+    def run(self) -> None:
+        """Find what a split of the stream means, with these doors and islands."""
         for tensor in self.cls.inputs:
             if is_stream(self.cls, tensor):
                 self._set(tensor, STREAM)
@@ -113,9 +130,10 @@ class _Follower:
             try:
                 self._step(op)
             except Conflict as conflict:
-                raise Conflict(frozenset(), str(conflict), weight=op.fqn) from None
+                raise Conflict(frozenset(), str(conflict), weight=conflict.weight or op.fqn) from None
+        for tensor in self.cls.outputs:
+            self._leaves_island(tensor, "/")
         self.found.outputs = tuple(self._streams(t) for t in self.cls.outputs)
-        return self.found
 
     def _streams(self, tensor: int) -> bool:
         return isinstance(self.walk.state(tensor), Split)
@@ -127,6 +145,17 @@ class _Follower:
             self.found.lengths.add(self.walk.sizes[tensor][_TOKENS])
 
     def _step(self, op: Op) -> None:
+        island = self._island_of(op.fqn)
+        if island:
+            for tensor in op.inputs:
+                if self._streams(tensor) and self._island_of(self.maker.get(tensor, "")) != island:
+                    self.found.given.add((self.cls.tensors[tensor].base, island))
+            for tensor in op.outputs:
+                self.maker[tensor] = op.fqn
+                self._set(tensor, Whole())
+            return
+        for tensor in op.inputs:
+            self._leaves_island(tensor, op.fqn)
         given = {t for t in op.inputs if self._streams(t) and not self._is_gathered(op, t)}
         features = any(isinstance(self.outcome.states[t], Split | Partial) for t in op.inputs)
         for tensor in op.outputs:
@@ -140,6 +169,16 @@ class _Follower:
             raise Conflict(frozenset(), "the stream meets split features")
         else:
             self._work(op, given)
+
+    def _island_of(self, fqn: str) -> str | None:
+        return next((i for i in self.found.islands if inside(fqn, i)), None) if fqn else None
+
+    def _leaves_island(self, tensor: int, reader: str) -> None:
+        """A stream that an island made is cut when it leaves."""
+        island = self._island_of(self.maker.get(tensor, ""))
+        if island and not inside(reader, island) and not self._streams(tensor) and is_stream(self.cls, tensor):
+            self._set(tensor, STREAM)
+            self.found.cuts[tensor] = island
 
     def _is_gathered(self, op: Op, tensor: int) -> bool:
         """Whether an operator reads a stream whole: at the outermost door that the tensor crosses."""
@@ -166,6 +205,10 @@ class _Follower:
     def _work(self, op: Op, given: set[int]) -> None:
         """An operator on 1/tp of the tokens."""
         base = op.name.split(".")[-2].removesuffix("_")
+        if op.fqn in self.doors:
+            self.found.modules.add(op.fqn)  # no door then
+        if any(inside(op.fqn, part) for part in self.opaque):
+            raise Conflict(frozenset(), "an opaque part reads the stream")
         if base in PRODUCTS:
             raise Conflict(frozenset(), "a layer that stays whole reads the stream")
         if base not in _PROVEN:
@@ -192,4 +235,5 @@ class _Follower:
                     raise Conflict(frozenset(), "a parameter without dimensions scales the stream")
                 self.found.parameters[state.name] = tensor
         elif spec.requires_grad and PROBE in self.walk.sizes[tensor]:
-            raise Conflict(frozenset(), "the stream meets an activation that is whole")
+            reason = "the stream meets an activation that is whole"
+            raise Conflict(frozenset(), reason, weight=self.maker.get(tensor, ""))

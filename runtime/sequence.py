@@ -8,6 +8,8 @@ run on 1/tp of them. What changes its placement:
     into a module that holds col layers   all-gather         reduce-scatter
     out of a row layer                    reduce-scatter     all-gather
     out of the stream's last unit         all-gather         slice
+    into a module that runs whole         all-gather         slice
+    out of it                             slice              all-gather
 
 A border between pipeline stages inside the stretch sends each rank's tokens.
 
@@ -17,6 +19,7 @@ and `fully_shard` sums these over tp when it reduces them over data parallel ran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -55,6 +58,12 @@ def split_stream(model: nn.Module, section: TensorParallelSection, mesh: DeviceM
             module.register_forward_hook(_leave)
 
 
+def use_whole_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Let `module` run on the whole stream inside the stretch: its inputs are gathered, its outputs cut."""
+    module.register_forward_pre_hook(_gather_inputs, with_kwargs=True, prepend=True)
+    module.register_forward_hook(partial(_cut_outputs, mesh))
+
+
 def is_stream(tensor: Any) -> bool:
     """Whether a tensor is a stream split along its tokens."""
     return isinstance(tensor, DTensor) and tensor.ndim == _STREAM_RANK and tensor.placements == (Shard(TOKENS),)
@@ -68,6 +77,20 @@ def gathered(tensor: Any) -> Any:
     if not is_stream(tensor):
         return tensor
     return mark_summed(tensor.redistribute(placements=[Replicate()]))
+
+
+def each_once(place: Callable[[Any], Any], arguments: Any) -> Any:
+    """`place` applied to the tensors among `arguments`, once to one that is given several times."""
+    done: list[tuple[Any, Any]] = []
+
+    def placed(tensor: Any) -> Any:
+        for before, after in done:
+            if before is tensor:
+                return after
+        done.append((tensor, place(tensor)))
+        return done[-1][1]
+
+    return tree_map_only(torch.Tensor, placed, arguments)
 
 
 def gathered_once(tensor: DTensor) -> DTensor:
@@ -110,6 +133,14 @@ def _around(fqn: str) -> set[str]:
     """The modules that `fqn` is in."""
     parts = fqn.split(".")
     return {".".join(parts[:n]) for n in range(len(parts))}
+
+
+def _gather_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return each_once(_whole, (args, kwargs))
+
+
+def _cut_outputs(mesh: DeviceMesh, module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map_only(torch.Tensor, partial(_split, mesh), output)
 
 
 def _enter(mesh: DeviceMesh, module: nn.Module, args: Any, kwargs: Any) -> Any:

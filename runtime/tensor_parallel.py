@@ -32,7 +32,6 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
 
 from ..errors import PlanFileError
 from ..planner.plan import ModuleStyle, TensorParallelSection
@@ -44,7 +43,7 @@ from .local_region import runs_locally, use_local_region, use_local_regions
 from .packed import PackedOutput, name_in_messages
 from .packed_products import note_packed_weight
 from .placements import sum_gradient, sum_unmarked, wrap_activation
-from .sequence import gathered, gathered_once, is_stream, scatter_output, split_stream
+from .sequence import each_once, gathered, gathered_once, is_stream, scatter_output, split_stream, use_whole_tokens
 from .split_loss import loss_on_split_classes
 from .whole_operators import whole_operands_run_locally
 
@@ -99,6 +98,8 @@ def apply_tensor_parallel(
             found = dims.get(id(parameter))
             if style.style == "parameters" and found is not None and found.segments and parameter.ndim == 2:
                 note_packed_weight(module, name, found.segments)
+        if style.output == "sequence" and style.style != "row":
+            use_whole_tokens(module, tp_mesh)
         within = any(fqn.startswith(f"{name}.") for name in inside)
         if (owned or fqn in section.styles) and not within:
             _set_borders(module, fqn, style, tp_mesh)
@@ -229,7 +230,7 @@ def _at_the_door(place: Callable[[Any], Any], module: nn.Module, args: Any, kwar
 
     They may come from outside a compiled region, where the projections inside must not leave a mark on them.
     """
-    return tree_map(place, (args, kwargs))
+    return each_once(place, (args, kwargs))
 
 
 def _gathered_or_summed(tensor: Any) -> Any:

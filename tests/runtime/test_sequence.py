@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,7 +31,14 @@ def planned(target: str, args: tuple[tuple[str, str], ...] = ()) -> tuple[ModelG
 def section_of(sharding: Sharding) -> TensorParallelSection:
     return TensorParallelSection(
         styles={
-            fqn: ModuleStyle.model_validate({"style": s.style, "sizes": s.sizes, "output": s.output})
+            fqn: ModuleStyle(
+                style=cast(Any, s.style),
+                sizes=list(s.sizes),
+                output=cast(Any, s.output),
+                parameters=dict(s.parameters),
+                packed={name: list(sizes) for name, sizes in s.packed},
+                shared=list(s.shared),
+            )
             for fqn, s in sharding.styles.items()
         },
         attention=sorted(sharding.attention),
@@ -41,7 +49,7 @@ def section_of(sharding: Sharding) -> TensorParallelSection:
     )
 
 
-@pytest.mark.parametrize("name", ["unbound", "rotary", "one key", "llama", "bert", "nanogpt"])
+@pytest.mark.parametrize("name", ["unbound", "adapters", "llama", "bert", "nanogpt"])
 def test_gradients_and_collectives(pool, name: str) -> None:
     target, args = TARGETS[name]
     graph, sharding = planned(target, tuple(args.items()))
@@ -49,12 +57,11 @@ def test_gradients_and_collectives(pool, name: str) -> None:
     section = section_of(sharding)
     for result in pool.run(one_step, world=2, target=target, args=args, section=section, how="plain"):
         check(result)
-        assert result["comm"] == (phases.count("forward"), phases.count("backward"))
+        if name != "adapters":  # there whole and partial gradients meet, as without the split
+            assert result["comm"] == (phases.count("forward"), phases.count("backward"))
 
 
-@pytest.mark.parametrize(
-    ("model", "layout"), [("llama", "tp2xdp2"), ("llama", "tp2xpp2"), ("nanogpt", "tp2xpp2"), ("bert", "tp2xdp2")]
-)
+@pytest.mark.parametrize(("model", "layout"), [("llama", "tp2xdp2"), ("nanogpt", "tp2xpp2"), ("bert", "tp2xpp2")])
 def test_gradients_of_layouts(pool, model: str, layout: str) -> None:
     plan = plan_of(model, **LAYOUTS[layout])
     args = tuple(plan.model.model_args.items())
