@@ -28,7 +28,6 @@ from planning_cases.cases import ROOT, ROWS, Row
 from planning_report import table, write_page
 
 RESULTS = ROOT / "benchmarks" / "results" / "planning.json"
-SLACK = 2.0  # a row may take its promise this many times (and a minute) before it is given up
 
 
 def main() -> None:
@@ -37,6 +36,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="parts of row names; all rows by default")
     parser.add_argument("--only-new", action="store_true", help="leave out rows that have a result without an error")
     parser.add_argument("--write", action="store_true", help="run nothing, write docs/planning.md")
+    parser.add_argument("--slack", type=float, default=2.0, help="give a row up after its promise so many times")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     results = load(given.out)
@@ -47,7 +47,7 @@ def main() -> None:
         for row in rows:
             if given.only_new and "error" not in results["rows"].get(row.name, {"error": ""}):
                 continue
-            results["rows"][row.name] = measured = measure(row)
+            results["rows"][row.name] = measured = measure(row, given.slack)
             results["machine"] = machine()
             save(results, given.out)
             print(f"{row.name}: {measured.get('error') or summary(measured)}", flush=True)
@@ -69,13 +69,13 @@ def save(results: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def measure(row: Row) -> dict[str, Any]:
+def measure(row: Row, slack: float) -> dict[str, Any]:
     """One row: the process, its seconds by part, its certificate, its plan and the baselines."""
     result: dict[str, Any] = {
         "command": " ".join(["tpplan", *row.command()]),
         "load_before": os.getloadavg()[0],
     }
-    limit_s = SLACK * row.promised_s + 60
+    limit_s = slack * row.promised_s + 60
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "tpplan", *row.command(f"{ROOT}/"), "-o", str(path)]
