@@ -162,7 +162,8 @@ def suggest(target: str, output: Path | None, format_: str, model_args: tuple[st
 
         console = stdout_console()
         console.print(plan_screen(found.plan))
-        console.print(f"\nWrote {output}. Next: tpplan run {output}", highlight=False, soft_wrap=True)
+        then = f" Next: tpplan run {output}" if found.plan.schedule.runnable else ""
+        console.print(f"\nWrote {output}.{then}", highlight=False, soft_wrap=True)
     if found.plan.solver.status == "feasible" and options["time_limit_s"] is None:
         click.echo(f"Interrupted: this is the best plan so far, gap {found.plan.solver.gap:.2%}.", err=True)
         sys.exit(130)
