@@ -206,7 +206,7 @@ def redistributes(model: CostModel, mesh: Mesh, assignment: Assignment) -> list[
                 )
     for position in assignment.boundaries[:-1]:
         unit = model.graph.units[position - 1]
-        n_bytes = model.wire_bytes(unit.position, b)
+        n_bytes = model.wire_bytes(unit.position, mesh)
         for phase in ("forward", "backward"):
             found.append(
                 Redistribute(

@@ -84,7 +84,7 @@ class CostModel:
             for facts in self.facts
         ]
         self._groups: dict[tuple[int, bool], list[int]] = {}
-        self._wires: dict[int, list[int]] = {}
+        self._wires: dict[tuple[int, int], list[int]] = {}
         self._batches: dict[Flags, list[_Batch]] = {}
         self._ends: dict[tuple[int, int], tuple[int, ...] | None] = {}
         self._limits: dict[int, int] = {}
@@ -282,7 +282,7 @@ class CostModel:
     def problem(self, mesh: Mesh) -> Problem:
         """The planning problem of one mesh."""
         stride = mesh.stride("pp")
-        wires = self.wires(mesh.microbatch_size)
+        wires = self.wires(mesh)
         layers: list[Layer] = []
         equal: dict[tuple[int, bool, int], Layer] = {}
         for position, group in enumerate(self.groups(mesh.tp, mesh.pp > 1)):
@@ -329,22 +329,27 @@ class CostModel:
         """Once a step: the all-reduce of the gradient norm over all ranks."""
         return collective_s("all_reduce", 4, mesh.world_size, 1, self.links)
 
-    def wires(self, b: int) -> list[int]:
+    def wires(self, mesh: Mesh) -> list[int]:
         """`wire_bytes` of every position."""
-        if b not in self._wires:
-            self._wires[b] = [self.wire_bytes(position, b) for position in range(len(self.facts))]
-        return self._wires[b]
+        key = (mesh.microbatch_size, mesh.tp if mesh.sequence_parallel else 1)
+        if key not in self._wires:
+            self._wires[key] = [self.wire_bytes(position, mesh) for position in range(len(self.facts))]
+        return self._wires[key]
 
-    def wire_bytes(self, position: int, b: int) -> int:
-        """Bytes that a cut right after the unit sends forward for one microbatch."""
-        total = 0.0
+    def wire_bytes(self, position: int, mesh: Mesh) -> int:
+        """Bytes that each rank sends forward for one microbatch where the pipeline is cut right after the unit.
+
+        A stream that is split along its tokens is sent in its parts.
+        """
+        total, b = 0.0, mesh.microbatch_size
+        split = self.sequence.sequence.streams if mesh.sequence_parallel and self.sequence is not None else ()
         for source, output in self.graph.units[position].wire:
             cls = self.graph.classes[self.graph.units[source].class_index]
             spec = cls.tensors[cls.outputs[output]]
             elements = 1.0
             for d in spec.shape:
                 elements *= d.at(b)
-            total += elements * DTYPE_BYTES[spec.dtype]
+            total += elements * DTYPE_BYTES[spec.dtype] / (mesh.tp if (source, output) in split else 1)
         return round(total)
 
 

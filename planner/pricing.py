@@ -26,7 +26,7 @@ from ..costmodels.memory import (
 )
 from .pins import RECOMPUTE
 from .request import Request
-from .unit_costs import unit_collectives_s
+from .unit_costs import gradient_sums_s, unit_collectives_s
 
 if TYPE_CHECKING:
     from .choices import CostModel
@@ -173,10 +173,14 @@ class _Unit:
         def collectives(b: int, stride: int) -> tuple[float, float]:
             return unit_collectives_s(model.class_sharding(position, flags.sequence), tp, stride, b, model.links)
 
+        def sums(stride: int) -> float:
+            return gradient_sums_s(model.class_sharding(position, flags.sequence), tp, stride, model.links)
+
         size = ["microbatch_size"]
         self.forward, self.backward, self.again_selective, self.again_full, self.weight = points.table(size, times).T
         self.none, self.selective, self.full, self.workspace = points.table(size, memory, np.int64).T
         self.tp_forward, self.tp_backward = points.table([*size, "tp_stride"], collectives).T
+        self.sums = points.table(["tp_stride"], sums)
         self.optimizer = points.table(["dp_shard"], self._optimizer_s)
         gradients = points.table(["dp_shard"], lambda shard: 4 * ceil_div(self.own.trainable, shard), np.int64)
         self.gradients = gradients * (not flags.stays)
@@ -196,6 +200,7 @@ class _Unit:
         backward = self.backward + self.tp_backward + again + again_tp
         dp = self.data_parallel(variant.zero_stage)
         f, b, f_once, b_once = self._traffic.exposed(forward, backward, dp, first=self.position == 0)
+        b, b_once = (b + self.sums, b_once) if self.flags.every else (b, b_once + self.sums)
         kept = {"none": self.none, "selective": self.selective, "full": self.full}[mode]
         return {
             "forward_s": f,

@@ -215,6 +215,16 @@ def unit_collectives_s(
     return forward, backward
 
 
+def gradient_sums_s(sharding: ClassSharding | None, tp: int, stride: int, links: LinkModel) -> float:
+    """Seconds of summing, over tp, the gradients of one unit's whole weights that saw a part of the tokens.
+
+    Paid whenever gradients are reduced over data-parallel ranks.
+    """
+    if sharding is None or tp == 1:
+        return 0.0
+    return sum(collective_s(s.collective, s.bytes.at(1), tp, stride, links) for s in sharding.gradient_sums)
+
+
 def tensor_bytes(cls: UnitClass, sharding: ClassSharding | None, tensor: int, tp: int, b: int) -> float:
     """Bytes of the storage behind a tensor on one rank, of all repetitions in a loop over time steps."""
     spec = cls.tensors[cls.tensors[tensor].base]
