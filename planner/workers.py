@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,10 +34,12 @@ class Workers:
         self.state = state
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
+        self._not_ours: list[Any] = []
 
     def run(self, task: Callable[..., Any], rounds: Sequence[tuple]) -> Iterator[Any]:
         """The results, in order."""
         if self._pool is None and self.count > 1 and len(rounds) > 1:
+            self._not_ours = multiprocessing.active_children()
             self._pool = ProcessPoolExecutor(
                 self.count, multiprocessing.get_context("fork"), initializer=_adopt, initargs=(self.state,)
             )
@@ -56,14 +59,24 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                process.terminate()
+                if process not in self._not_ours:
+                    process.terminate()
             self._pool = None
 
 
 def _adopt(state: Any) -> None:
     """A worker's first act: keep the state, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _STATE["state"] = state
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent has gone, also if it was killed: nobody else would end a worker that waits for tasks."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _call(task: Callable[..., Any], arguments: tuple) -> Any:
