@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .cli_options import model_options, pin_options, search_options
 from .errors import TpplanError, UsageError
 
 DEBUG_HELP = "Show the traceback of an error."
@@ -29,34 +30,6 @@ def cli() -> None:
     Exit codes: 0 done, 1 internal error, 2 usage, 3 infeasible, 4 the model's own failure,
     6 this machine cannot do it, 130 interrupted.
     """
-
-
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which model and how it is called."""
-    for option in (
-        click.option(
-            "--model-arg",
-            "model_args",
-            multiple=True,
-            metavar="K=V",
-            help="Argument of the model's factory or class.",
-        ),
-        click.option(
-            "--input",
-            "inputs",
-            multiple=True,
-            metavar="SPEC",
-            help='An input, for example "ids=int64[B,S]<32000".',
-        ),
-        click.option(
-            "--seq-len",
-            type=int,
-            help="Tokens a sample; for images the side. [default: min(4096, the model's maximum)]",
-        ),
-        click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True),
-    ):
-        command = option(command)
-    return command
 
 
 def debug_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,50 +58,8 @@ def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool)
     metavar="GIB",
     help="Memory of one GPU. [default: the profile's]",
 )
-@click.option(
-    "--fix",
-    multiple=True,
-    metavar="AXIS=VALUE",
-    help="Pin tp, pp, dp, dp_replicate, dp_shard, microbatch_size, microbatches, virtual, schedule, zero_stage, "
-    "recompute, sequence_parallel, gradient_sync, or layer:PATTERN=none|selective|full|zero2|zero3|tp|row|replicate.",
-)
-@click.option("--max", "most", multiple=True, metavar="AXIS=N", help="The most of a degree, for example pp=4.")
-@click.option("--min", "least", multiple=True, metavar="AXIS=N", help="The least of a degree.")
-@click.option("--forbid", multiple=True, metavar="AXIS=VALUE", help="Rule out a value, for example recompute=full.")
-@click.option(
-    "--pins",
-    "pins_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE.toml",
-    help="Pins from a file with tables fix, max, min, forbid, layers; the command line goes first.",
-)
-@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Rank so many different layouts.")
-@click.option(
-    "--objective",
-    type=click.Choice(["time", "memory", "gpus", "cost"]),
-    default="time",
-    show_default=True,
-    help="Minimise the step time; the memory of a GPU; the GPUs for --target-step-time; the money of a step.",
-)
-@click.option(
-    "--target-step-time", "target_step_time_s", type=float, metavar="S", help="Step time that --objective gpus reaches."
-)
-@click.option("--price", "price_per_gpu_hour", type=float, metavar="MONEY", help="One GPU for one hour, for cost.")
-@click.option(
-    "--gap",
-    type=click.FloatRange(0, 1),
-    default=0.005,
-    show_default=True,
-    help="Stop when this close to the proven bound.",
-)
-@click.option(
-    "--time-limit",
-    "time_limit_s",
-    type=click.FloatRange(0, min_open=True),
-    metavar="S",
-    help="Stop the search after S seconds.",
-)
-@click.option("--workers", type=click.IntRange(0), default=0, help="Processes of the search. [default: one a core]")
+@pin_options
+@search_options
 @click.option(
     "-o",
     "--output",
@@ -146,6 +77,8 @@ def suggest(target: str, output: Path | None, format_: str, model_args: tuple[st
         output = output or Path("plan.json")
     if output is not None:
         check_writable(output)
+    from .reports.progress import progress
+
     with progress(format_ == "text") as (say, on_progress):
         say("start", f"planning {target} for {options['gpus']} GPUs")
         from .planner.suggest import suggest_in_detail
@@ -239,6 +172,8 @@ def trace(target: str, model_args: tuple[str, ...], inputs: tuple[str, ...], seq
     outputs.check()
     if seq_len is not None and seq_len < 1:
         raise UsageError(f"--seq-len is {seq_len}.", "Give --seq-len 1 or more.")
+    from .reports.progress import progress
+
     with progress(format_ == "text") as (say, _):
         say("load", f"loading {target}")
         from .planner.sharding import analyse
@@ -295,45 +230,6 @@ def stdout_console() -> Any:
 
     width = None if sys.stdout.isatty() else 160
     return Console(highlight=False, width=width)
-
-
-class progress:
-    """Live progress on stderr while a block runs: a spinner on a terminal, plain lines elsewhere, or nothing."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.status: Any = None
-
-    def __enter__(self) -> tuple[Callable[[str, str], None], Callable[[Any], None]]:
-        if self.enabled and sys.stderr.isatty():
-            from rich.console import Console
-
-            self.status = Console(stderr=True).status("starting ...")
-            self.status.start()
-        return self.say, self.on_progress
-
-    def say(self, _name: str, text: str) -> None:
-        """A new part of the job starts."""
-        if self.status is not None:
-            self.status.update(text)
-        elif self.enabled:
-            click.echo(f"tpplan: {text}", err=True)
-
-    def on_progress(self, event: Any) -> None:
-        """The search moved on."""
-        if self.status is not None:
-            from .units import format_seconds
-
-            best = format_seconds(event.incumbent_s) if event.incumbent_s < float("inf") else "none yet"
-            bound = format_seconds(event.bound_s)
-            self.status.update(
-                f"{event.phase}: best {best}, bound {bound}, gap {event.gap:.1%}, "
-                f"{event.total - event.done} of {event.total} combinations left"
-            )
-
-    def __exit__(self, *_error: object) -> None:
-        if self.status is not None:
-            self.status.stop()
 
 
 def _debugging() -> bool:
