@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..errors import InfeasibleError, TpplanError
 from ..units import format_seconds, gib
 from .planning import Solved, Subject
-from .repairs import Repair, find_repairs
+from .repairs import Repairs, find_repairs
 from .shortfall import Shortfall, shortfall
 
 
@@ -25,7 +25,7 @@ def no_plan(subject: Subject, solved: Solved, repair_s: float, say: Callable[[st
     lines = [_remedy_line(request.pins.text())]
     if repair_s > 0:
         say("repairs", "nothing fits; solving for what would")
-        lines = repair_lines(*find_repairs(subject, solved.request, short.limit_bytes, repair_s)) or lines
+        lines = repair_lines(find_repairs(subject, solved.request, short.limit_bytes, repair_s)) or lines
     return InfeasibleError(_message(short, request.memory_limit_bytes), "\n".join(lines))
 
 
@@ -45,16 +45,18 @@ def _remedy_line(pinned: str) -> str:
     return f"Use more GPUs (--gpus), a shorter sequence (--seq-len), or a larger --memory-limit{drop}"
 
 
-def repair_lines(working: list[Repair], tried: list[str]) -> list[str]:
-    """The repairs for people: those that work with their price, then those that were tried in vain."""
+def repair_lines(found: Repairs) -> list[str]:
+    """The repairs for people: those that work with their price, then the others."""
     lines = []
-    if working:
+    if found.working:
         lines.append("What would fit (each solved, step time within 5 % of the best):")
-        width = max(len(r.text) for r in working)
+        width = max(len(r.text) for r in found.working)
         lines += [
             f"  {r.text:{width}}  {format_seconds(r.step_time_s)} a step, {r.layout}, {gib(r.device_bytes):.1f} GiB"
-            for r in working
+            for r in found.working
         ]
-    if tried:
-        lines.append(f"Tried in vain: {', '.join(tried)}.")
+    if found.in_vain:
+        lines.append(f"Tried in vain: {', '.join(found.in_vain)}.")
+    if found.undecided:
+        lines.append(f"Not decided in time: {', '.join(found.undecided)}.")
     return lines

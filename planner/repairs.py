@@ -44,9 +44,21 @@ class Attempt:
     build: Callable[[], tuple[Subject, Request]]
 
 
-def find_repairs(
-    subject: Subject, request: Request, least_limit_bytes: int, seconds: float
-) -> tuple[list[Repair], list[str]]:
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """What was found out about changes of a request.
+
+    working : at most one of a family, the smallest change of it that works
+    in_vain : changes under which a proof says that nothing fits
+    undecided : changes that time did not allow to decide
+    """
+
+    working: tuple[Repair, ...]
+    in_vain: tuple[str, ...]
+    undecided: tuple[str, ...]
+
+
+def find_repairs(subject: Subject, request: Request, least_limit_bytes: int, seconds: float) -> Repairs:
     """Try changes of the request, each by a solve.
 
     Parameters
@@ -56,14 +68,7 @@ def find_repairs(
     least_limit_bytes : int
         The least memory of a device under which something fits.
     seconds : float
-        For all solves together; what comes later is not tried.
-
-    Returns
-    -------
-    working : list of Repair
-        At most one of a family (the smallest change of it that works).
-    in_vain : list of str
-        Changes under which a proof says that nothing fits, and those that time did not allow.
+        For all solves together.
     """
     deadline = time.monotonic() + seconds
     working: dict[str, Repair] = {}
@@ -89,7 +94,7 @@ def find_repairs(
             break  # Ctrl-C: tell what is known
         else:
             late.append(attempt.text)
-    return list(working.values()), in_vain + [f"{text} (no time left)" for text in late]
+    return Repairs(tuple(working.values()), tuple(in_vain), tuple(late))
 
 
 def searched_already(pins: Pins) -> list[str]:

@@ -10,6 +10,7 @@ from tpplan.errors import InfeasibleError, UsageError
 from tpplan.hardware_profiles.catalog import load_profile
 from tpplan.planner.alternatives import in_order
 from tpplan.planner.infeasible import no_plan
+from tpplan.planner.mesh import Mesh
 from tpplan.planner.objectives import Goal, gpu_counts, reach
 from tpplan.planner.pins import parse_pins
 from tpplan.planner.plan import Alternative, MeshSection
@@ -78,7 +79,9 @@ def test_repairs_work_and_what_is_tried_in_vain_does_not(
     assert least is not None
     pinned = replace(small, memory_limit_bytes=round(least * 0.9), pins=parse_pins(fix=["tp=1", "recompute=none"]))
     limit = shortfall(subject, solve_for(subject, pinned, ONE)).limit_bytes
-    working, in_vain = find_repairs(subject, pinned, limit, 60)
+    found = find_repairs(subject, pinned, limit, 60)
+    working, in_vain = found.working, found.in_vain
+    assert not found.undecided
     changes = {
         "without any pin": {"pins": parse_pins()},
         "without --fix tp=1": {"pins": parse_pins(fix=["recompute=none"])},
@@ -99,6 +102,12 @@ def test_repairs_work_and_what_is_tried_in_vain_does_not(
     for text in in_vain:
         if text in changes:
             assert not fits(subject, replace(pinned, **changes[text])), text
+
+
+def test_what_time_does_not_allow_is_undecided(subject: Subject, small: Request) -> None:
+    found = find_repairs(subject, replace(small, memory_limit_bytes=4 * MIB), 2**30, 0.0)
+    assert found.working == ()
+    assert "--memory-limit 1" in found.undecided
 
 
 def test_a_pin_that_is_in_the_way_is_found(subject: Subject, small: Request) -> None:
@@ -172,3 +181,21 @@ def test_tied_layouts_go_by_memory_left_then_by_simplicity() -> None:
     simple = row(1.025, 40.5, True, data_parallel_shard=8)
     slow, slower = row(1.1, 10, False, tensor_parallel=8), row(1.2, 5, False, pipeline_parallel=8)
     assert in_order([slower, slow, full, roomy, simple], 80 * 2**30) == [simple, roomy, full, slow, slower]
+
+
+def test_pins_of_layers_hold_in_the_plan(subject: Subject, small: Request) -> None:
+    pins = parse_pins(fix=["tp=2", "layer:*.h.1=full", "layer:*.h.2=replicate", "layer:*.h.3=row"])
+    free = solve_for(subject, replace(small, gpus=4, pins=parse_pins(fix=["tp=2"])), ONE)
+    solved = solve_for(subject, replace(small, gpus=4, pins=pins), ONE)
+    assert solved.best is not None
+    assert free.best is not None
+    assert solved.best.evaluation.step_time_s > free.best.evaluation.step_time_s
+    problem = solved.model.problem(Mesh(*solved.best.key))
+    names = [unit.fqn for unit in subject.graph.units]
+    chosen = {
+        name: layer.choices[choice]
+        for name, layer, choice in zip(names, problem.layers, solved.best.assignment.choices, strict=True)
+    }
+    assert chosen["transformer.h.1"].name == "full"
+    assert chosen["transformer.h.2"].sharding == "replicate"
+    assert chosen["transformer.h.3"].sharding == "tp"
