@@ -92,7 +92,7 @@ def gain(plan: Plan) -> float:
 
 
 def test_slow_nvlink_drives_tensor_parallelism_out(planned: Planner) -> None:
-    """Eight samples for 16 GPUs: NVLink feeds tp 4 or more; at a fiftieth that costs more than waiting in a pipeline."""
+    """Eight samples for 16 GPUs: NVLink feeds tp 4 or more; at a fiftieth its sums cost more than a long pipeline."""
     fast, slow = planned(8), planned(8, nvlink=0.02)
     assert gain(fast) > 1.2
     assert degrees(fast)[1] >= 4
