@@ -140,6 +140,23 @@ def exhaustive() -> str:
     return EXHAUSTIVE.format(table="\n".join(lines))
 
 
+def regrets() -> str:
+    """The sections on measured regret, empty until it was measured."""
+    from regret import report
+
+    files = sorted(RESULTS.glob("regret_*.json"))
+    said = [report(json.loads(path.read_text())).replace("\n## ", "\n### ") for path in files]
+    return REGRET + "\n\n".join(said) + "\n" if said else ""
+
+
+REGRET = """
+## Measured regret
+
+By `benchmarks/regret.py`: every layout that fits on the GPUs of one machine, each at the planner's best, was run;
+regret is the step time of the planner's choice over that of the fastest.
+
+"""
+
 EXHAUSTIVE = """
 ## Exhaustive enumeration, where it finishes
 
@@ -177,14 +194,18 @@ layout with fully_shard over all GPUs, any microbatch size and recomputation.
 
 {gains}
 
+Six situations in which the best layout is neither, with what makes it so, are tests:
+[tests/planner/test_decides.py](../tests/planner/test_decides.py).
+
 ## How time grows
 
-Llamas of 8B's width (24 to 128 layers, 64 GPUs) and of 8 to 16,384 GPUs (70B), by `benchmarks/planning_scale.py`.
+Llamas of 8B's width with 24 to 128 layers on 64 GPUs, and Llama-3 8B on 8 to 16,384, to the default gap of 0.5 %, by
+`benchmarks/planning_scale.py`.
 
 ![Planning time against layers](pictures/planning_layers.svg)
 
 ![Planning time against GPUs](pictures/planning_gpus.svg)
-{exhaustive}
+{exhaustive}{regrets}
 ## What others publish
 
 Quoted, not measured here; each planned a different space on different machines, and several include profiling on GPUs.
@@ -204,6 +225,7 @@ def write_page(results: dict[str, Any], rows: Sequence[Row]) -> None:
         pruned=pruned(results, rows),
         gains=gains(results, rows),
         exhaustive=exhaustive(),
+        regrets=regrets(),
         peers=peers(),
     )
     PAGE.write_text(page)
