@@ -52,8 +52,8 @@ def table(results: dict[str, Any], rows: Sequence[Row]) -> str:
     """Time and gap of each row against what was promised."""
     lines = [
         "| case | flags | promised | wall s | of it imports | trace | search | rest | bounds | ILPs | simulation "
-        "| processor s | gap asked | gap proven | combinations | solved |",
-        "|" + "---|" * 16,
+        "| processor s | load before | gap asked | gap proven | combinations | solved |",
+        "|" + "---|" * 17,
     ]
     for row in rows:
         found = results["rows"].get(row.name)
@@ -62,12 +62,17 @@ def table(results: dict[str, Any], rows: Sequence[Row]) -> str:
         flags = f"`{' '.join(row.flags)}`" if row.flags else ""
         head = f"| {row.case.title} | {flags} | {row.promised_s:.0f} s"
         if "error" in found:
-            lines.append(f"{head} | {found['error'].splitlines()[0]} {'| ' * 12}|")
+            lines.append(f"{head} | {found['error'].splitlines()[0]} {'| ' * 13}|")
             continue
         solver = found["solver"]
         late = "" if found["wall_s"] <= row.promised_s else " (late)"
         short = "" if solver["gap"] <= row.gap * (1 + 1e-9) else " (open)"
-        cells = [f"{found['wall_s']:.1f}{late}", *seconds(found), f"{found['processor_s']:.1f}"]
+        cells = [
+            f"{found['wall_s']:.1f}{late}",
+            *seconds(found),
+            f"{found['processor_s']:.1f}",
+            f"{found['load_before']:.1f}",
+        ]
         cells += [
             f"{row.gap:g}",
             f"{solver['gap']:.1e}{short}",
@@ -175,7 +180,8 @@ Each row is one cold process, from `tpplan suggest` to plan.json. *Promised* is 
 before anything was built. *Imports* are torch, the model's libraries and its file; *rest* is the interpreter, the
 baselines and writing the plan. *Bounds*, *ILPs* and *simulation* are wall seconds within the search, summed over its
 worker processes (one a core). *Processor s* counts all threads and processes: on an idle machine the wall time lies
-below it where the workers share the search.
+below it where the workers share the search. *Load before* is the machine's load average when the row began: wall times
+beside a load of more than a few tenths say more about the other work than about the planner.
 *Gap proven* is (step - bound) / step over the whole modelled space, at most what `--gap` asked for.
 
 {table}
@@ -208,8 +214,9 @@ Llamas of 8B's width with 24 to 128 layers on 64 GPUs, and Llama-3 8B on 8 to 16
 {exhaustive}{regrets}
 ## What others publish
 
-Quoted, not measured here; each planned a different space on different machines, and several include profiling on GPUs.
-None of these gives a lower bound for the whole plan.
+Quoted, not measured here; each planned another space on other machines, and Alpa's time includes profiling on GPUs.
+None proves a lower bound over meshes, pipelines and recomputation together. For Galvatron, nnScaler and Mist no figure
+was found that could be checked.
 
 {peers}
 """
