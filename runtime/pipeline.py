@@ -6,7 +6,8 @@ raises otherwise). So integers travel as float64, exact below 2**53, and what ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,13 +110,23 @@ class LeanStage(PipelineStage):
         self._receives, self._sends = receives, sends
         self._before_backward = before_backward
 
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, where it allocates what is received in all microbatches; here that takes no memory."""
+        with self._on_meta():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
     def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch, where it is the last step before the first microbatch; then all buffers are freed."""
-        result = super()._prepare_backward_infra(*args, **kwargs)
-        for table in (self.args_recv_info, self.grad_recv_info):
-            for infos in table.values():
-                _empty(infos)
-        return result
+        """As in torch, where it allocates the gradients received in all microbatches; here that takes no memory."""
+        with self._on_meta():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _on_meta(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """As in torch, with the buffers allocated now."""

@@ -45,7 +45,7 @@ def buffers_in_flight(rank: int, world: int, plan: Plan) -> list[int]:
     def count(*_: Any) -> None:
         received = [infos for pipe in pipes for infos in (*pipe.args_recv_info.values(), *pipe.grad_recv_info.values())]
         buffers = [[getattr(info, "buffer", None) for info in infos] for infos in received]
-        counts.append(sum(any(b is not None and b.numel() for b in some) for some in buffers))
+        counts.append(sum(any(b is not None and b.numel() and not b.is_meta for b in some) for some in buffers))
 
     for stage in parallel.stages:
         stage.part.register_forward_pre_hook(count)
