@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
+from .bounds import ROUNDING
 from .evaluate import evaluate
 from .greedy import fill
 from .intervals import chain_arrays
 from .problem import Assignment, Problem
-from .relaxation import Relaxation, fixed_bound, relax
+from .relaxation import Relaxation, fixed_bound, path_bound, relax
 from .solve import solve
 
 
@@ -70,7 +71,7 @@ def bound(candidate: Candidate, bound_s: float, limit_s: float) -> Found:
     if problem.ends is not None:
         bounds = {"fixed": fixed_bound(problem)}
     else:
-        relaxation = relax(problem, chain_arrays(problem.layers))
+        relaxation = relaxation_of(problem, limit_s)
         bounds = {"lb1": relaxation.lb1_s, "lb2": relaxation.lb2_s}
     for name, value in bounds.items():
         if value > bound_s:
@@ -83,6 +84,9 @@ def bound(candidate: Candidate, bound_s: float, limit_s: float) -> Found:
         assignment = fill(problem, split)
         if assignment is not None:
             evaluation = evaluate(problem, assignment)
+            if problem.ends is not None:
+                value = path_bound(problem, evaluation.timeline.critical_path) * (1 - ROUNDING) + problem.step_fixed_s
+                bound_s, proof = max((bound_s, proof), (value, "fixed"))
             if evaluation.fits and evaluation.step_time_s < step_s:
                 best, step_s = assignment, evaluation.step_time_s
     watch.lap("simulation")
@@ -98,7 +102,7 @@ def solve_exactly(
     target_s = limit_s * (1 - gap)
     windows = None
     if problem.ends is None:
-        windows = relaxation_of(problem).windows(target_s)
+        windows = relaxation_of(problem, limit_s).windows(target_s)
         if not windows:
             watch.lap("bounds")
             return Found("lb2", max(bound_s, target_s), True, seconds=watch.seconds)
@@ -112,6 +116,6 @@ def solve_exactly(
     return Found(proof, bound_s, True, solution.objective_s, solution.assignment, watch.seconds, 1)
 
 
-def relaxation_of(problem: Problem) -> Relaxation:
-    """The dynamic programmes of a problem with open boundaries."""
-    return relax(problem, chain_arrays(problem.layers))
+def relaxation_of(problem: Problem, limit_s: float) -> Relaxation:
+    """The dynamic programmes of a problem with open boundaries, for steps below `limit_s`."""
+    return relax(problem, chain_arrays(problem.layers), limit_s)

@@ -5,16 +5,24 @@ The paths A, Z and G are those of `bounds`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
-from ..costmodels.schedules import StageTimes, in_flight_microbatches, in_flight_vectors, simulate
+from ..costmodels.schedules import (
+    CriticalPath,
+    StageTimes,
+    Timeline,
+    in_flight_microbatches,
+    in_flight_vectors,
+    simulate,
+)
 from .bounds import ROUNDING, mixture
-from .intervals import Chain, stage_work
+from .intervals import Band, Chain, band_of, stage_work
 from .problem import Problem
 
 TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s")
@@ -25,14 +33,15 @@ class Relaxation:
     """What the dynamic programmes prove.
 
     lb1_s, lb2_s : lower bounds [s]; inf when no split fits in memory
-    costs : per stage, its longest path plus `step_fixed_s` for each (start, end) position; the first stage has
-        one row, the last one column
-    positions : legal positions
+    costs : (stages, p - 1, w) longest path plus `step_fixed_s` of each stage for each interval of the band
+    band : the intervals
+    positions : (p,) legal positions
     """
 
     lb1_s: float
     lb2_s: float
-    costs: tuple[np.ndarray, ...]
+    costs: np.ndarray
+    band: Band | None
     positions: np.ndarray
 
     def windows(self, target_s: float) -> tuple[tuple[int, int], ...]:
@@ -40,45 +49,68 @@ class Relaxation:
 
         A boundary stays when some split through it keeps lb2's cost of every stage within the target.
         """
+        if self.band is None:
+            return ()
         pp = len(self.costs)
-        before = _worst(self.costs)
-        behind = _worst([cost.T for cost in reversed(self.costs)])
+        before = _worst_before(self.costs, self.band)
+        behind = _worst_behind(self.costs, self.band)
         out = []
         for s in range(pp - 1):
-            ends = self.positions[np.maximum(before[s], behind[pp - 2 - s]) <= target_s]
+            ends = self.positions[np.maximum(before[s], behind[s]) <= target_s]
             if not len(ends):
                 return ()
             out.append((int(ends[0]), int(ends[-1])))
         last = int(self.positions[-1])
-        return (*out, (last, last)) if before[-1][0] <= target_s else ()
+        return (*out, (last, last)) if before[-1][-1] <= target_s else ()
 
     def boundaries(self, slack: float = 0.002) -> tuple[int, ...]:
         """A balanced split whose stages cost at most lb2 (1 + slack): the least sum of squares; empty if none."""
-        if self.lb2_s == inf:
+        if self.lb2_s == inf or self.band is None:
             return ()
         limit = self.lb2_s * (1 + slack)
-        squares = [np.where(cost <= limit, (cost / limit) ** 2, inf) for cost in self.costs]
-        best, choice = squares[0][0], []
-        for square in squares[1:]:
-            totals = best[:, None] + square
-            choice.append(totals.argmin(0))
-            best = totals.min(0)
-        ends = [0]
-        for came in reversed(choice):
-            ends.append(int(came[ends[-1]]))
-        ends = [len(self.positions) - 1, *ends[1:]]
+        squares = np.where(self.costs <= limit, (self.costs / limit) ** 2, inf)
+        best, came = _start(len(self.positions)), []
+        for square in squares:
+            totals = self.band.by_end(best[:-1, None] + square)
+            lengths = totals.argmin(1)
+            best = totals[np.arange(len(totals)), lengths]
+            came.append(lengths)
+        if best[-1] == inf:
+            return ()
+        ends = [len(self.positions) - 1]
+        for lengths in reversed(came[1:]):
+            ends.append(ends[-1] - int(lengths[ends[-1]]) - 1)
         return tuple(int(self.positions[j]) for j in reversed(ends))
 
 
-def _worst(costs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """best[s][j] = min over splits of the first s + 1 stages that end at j of the largest cost."""
-    best = [costs[0][0]]
-    for cost in costs[1:]:
-        best.append(np.maximum(best[-1][:, None], cost).min(0))
-    return best
+def _start(positions: int) -> np.ndarray:
+    """0 at the first position, inf behind it."""
+    return np.concatenate((np.zeros(1), np.full(positions - 1, inf)))
 
 
-def relax(problem: Problem, chain: Chain) -> Relaxation:
+def _worst_before(costs: np.ndarray, band: Band) -> list[np.ndarray]:
+    """[s][j] = min over splits of the first s + 1 stages that end at j of the largest cost."""
+    out, last = [], _start(costs.shape[1] + 1)
+    last[0] = -inf
+    for cost in costs:
+        last = band.by_end(np.maximum(last[:-1, None], cost)).min(1)
+        out.append(last)
+    return out
+
+
+def _worst_behind(costs: np.ndarray, band: Band) -> list[np.ndarray]:
+    """[s][j] = min over splits of the stages behind s, which start at j, of the largest cost."""
+    last = np.full(costs.shape[1] + 1, inf)
+    last[-1] = -inf
+    out = [last]
+    for cost in costs[:0:-1]:
+        inside = np.maximum(cost, last[band.ends]).min(1)
+        last = np.concatenate((inside, np.full(1, inf)))
+        out.append(last)
+    return out[::-1]
+
+
+def relax(problem: Problem, chain: Chain, limit_s: float = inf) -> Relaxation:
     """lb1 and lb2 by dynamic programming over boundaries.
 
     Every stage's own work is bounded by `stage_work` for each interval. Then
@@ -92,32 +124,40 @@ def relax(problem: Problem, chain: Chain) -> Relaxation:
 
     With one stage both are M (f + v) + first + last + tail with memory priced. Zero-bubble: H(s) in place of A and Z.
     Interleaved problems, whose chunks are given, have `fixed_bound` instead.
+
+    Parameters
+    ----------
+    limit_s : float
+        Only steps below it are of interest [s]: stages whose M w alone reaches it are left out, and bounds end there.
     """
     m, pp = problem.microbatches, problem.stages
     in_flight = in_flight_microbatches(problem.schedule, pp, m)
     capacity = problem.memory_bytes - problem.stage_fixed_bytes
+    pieces = len(chain.positions) - 1
+    if pieces < pp:
+        return Relaxation(inf, inf, np.full((pp, 1, 1), inf), None, chain.positions)
     if pp == 1:
-        total = stage_work(chain, m * chain.work + chain.once, in_flight[0], capacity, slice(0, 1), slice(-1, None))
+        band = band_of(chain, inf)
+        total = stage_work(chain, band, m * chain.work + chain.once, in_flight, capacity)
         cost = total * (1 - ROUNDING) + problem.step_fixed_s
-        return Relaxation(float(cost[0, 0]), float(cost[0, 0]), (cost,), chain.positions)
-    if len(chain.positions) <= pp:
-        return Relaxation(inf, inf, (np.full((1, 1), inf),) * pp, chain.positions)
-    works = []
-    for s, x in enumerate(in_flight):
-        rows = slice(0, 1) if s == 0 else slice(None)
-        cols = slice(-1, None) if s == pp - 1 else slice(None)
-        works.append(stage_work(chain, chain.work, x, capacity, rows, cols))
-    before, behind = _least_before(works, chain.send), _least_behind(works, chain.send)
-    costs = tuple(
-        _path_costs(problem, chain, s, works[s], before[s], behind[s]) * (1 - ROUNDING) + problem.step_fixed_s
-        for s in range(pp)
-    )
-    total = float((before[-1][:, None] + works[-1]).min())
-    bare = _least_before(works, np.zeros_like(chain.send))
-    lb1 = _mixture_bound(problem, chain, float((bare[-1][:, None] + works[-1]).min()), total)
-    return Relaxation(
-        float(lb1) * (1 - ROUNDING) + problem.step_fixed_s, float(_worst(costs)[-1][0]), costs, chain.positions
-    )
+        whole = float(cost[0, 0, -1])
+        return Relaxation(whole, whole, cost, band, chain.positions)
+    band = band_of(chain, (limit_s - problem.step_fixed_s) / m)
+    works = stage_work(chain, band, chain.work, in_flight, capacity)
+    before, behind = _least_before(works, band, chain.send), _least_behind(works, band, chain.send)
+    costs = _path_costs(problem, chain, band, works, before, behind) * (1 - ROUNDING) + problem.step_fixed_s
+    total = _last(before[-1], works[-1], band)
+    bare = _last(_least_before(works, band, np.zeros_like(chain.send))[-1], works[-1], band)
+    lb1 = _mixture_bound(problem, chain, bare, total) * (1 - ROUNDING) + problem.step_fixed_s
+    lb2 = float(_worst_before(costs, band)[-1][-1])
+    if band.ends.shape[1] < pieces:  # a split with a longer stage takes the limit at least
+        lb1, lb2 = min(lb1, limit_s), min(lb2, limit_s)
+    return Relaxation(float(lb1), lb2, costs, band, chain.positions)
+
+
+def _last(before: np.ndarray, work: np.ndarray, band: Band) -> float:
+    """The least sum over all stages."""
+    return float(band.by_end(before[:-1, None] + work)[-1].min())
 
 
 def _mixture_bound(problem: Problem, chain: Chain, bare: float, total: float) -> float:
@@ -133,121 +173,160 @@ def _mixture_bound(problem: Problem, chain: Chain, bare: float, total: float) ->
     return a * bare + chain.extra[1] + chain.tail[1]
 
 
-def _least_before(works: Sequence[np.ndarray], send: np.ndarray) -> list[np.ndarray]:
-    """before[s][i] = least sum over stages < s of w, and of two transfers a cut, when stage s starts at i."""
-    out = [np.zeros(1)]
+def _least_before(works: np.ndarray, band: Band, send: np.ndarray) -> np.ndarray:
+    """[s, i] = least sum over stages < s of w, and of two transfers a cut, when stage s starts at i."""
+    out = [_start(works.shape[1] + 1)]
     for work in works[:-1]:
-        out.append((out[-1][:, None] + work).min(0) + 2 * send)
-    return out
+        out.append(band.by_end(out[-1][:-1, None] + work).min(1) + 2 * send)
+    return np.array(out)
 
 
-def _least_behind(works: Sequence[np.ndarray], send: np.ndarray) -> list[np.ndarray]:
-    """behind[s][j] = least sum over stages > s of w, and of two transfers a cut, when stage s ends at j."""
-    out = [np.zeros(1)]
-    for work in reversed(works[1:]):
-        out.append((work + out[-1][None, :]).min(1) + 2 * send)
-    return out[::-1]
+def _least_behind(works: np.ndarray, band: Band, send: np.ndarray) -> np.ndarray:
+    """[s, j] = least sum over stages > s of w, and of two transfers a cut, when stage s ends at j."""
+    out = [_start(works.shape[1] + 1)[::-1]]
+    for work in works[:0:-1]:
+        inside = (work + out[-1][band.ends]).min(1)
+        out.append(np.concatenate((inside, np.full(1, inf))) + 2 * send)
+    return np.array(out[::-1])
 
 
 def _path_costs(
-    problem: Problem, chain: Chain, s: int, work: np.ndarray, before: np.ndarray, behind: np.ndarray
+    problem: Problem, chain: Chain, band: Band, works: np.ndarray, before: np.ndarray, behind: np.ndarray
 ) -> np.ndarray:
-    """The longest of the paths through stage s for each (start, end): A, Z or G, ending in tail_0 or tail_s."""
+    """The longest of the paths through each stage for each interval: A, Z or G, ending in tail_0 or tail_s."""
     m, pp = problem.microbatches, problem.stages
-    rows = slice(0, 1) if s == 0 else slice(None)
-    cols = slice(-1, None) if s == pp - 1 else slice(None)
-    before, behind = before[:, None], behind[None, :]
-    extra, tail = chain.extra[None, cols], chain.tail[None, cols]
-    own = (extra - chain.extra[rows, None]) + (tail - chain.tail[rows, None])
-    arrive = chain.forward[rows, None] + chain.send[rows, None] + own
+    before, behind = before[:, :-1, None], behind[:, band.ends]
+    extra, tail = chain.extra[band.ends], chain.tail[band.ends]
+    own = (extra - chain.extra[:-1, None]) + (tail - chain.tail[:-1, None])
+    arrive = chain.forward[:-1, None] + chain.send[:-1, None] + own
     if problem.schedule == "zb":
-        return m * work + arrive
-    home = tail if s == 0 else chain.tail[1]
+        return m * works + arrive
+    home = np.full((pp, *tail.shape), chain.tail[1])
+    home[0] = tail
     if problem.schedule == "gpipe":
-        body = m * work + behind
-        return body + np.maximum(before + extra + home, arrive)
-    cost = m * work + np.maximum(before + extra + home, arrive)
-    warm_up = pp - s
-    if m > warm_up:
-        zigzag = (m - warm_up + 1) * work + 2 * behind
-        np.maximum(cost, zigzag + np.maximum(before + chain.extra[-1] + home, arrive), out=cost)
-    return cost
+        return m * works + behind + np.maximum(before + extra + home, arrive)
+    cost = m * works + np.maximum(before + extra + home, arrive)
+    warm_up = pp - np.arange(pp)[:, None, None]
+    zigzag = np.maximum(m - warm_up + 1, 1) * works + 2 * behind
+    zigzag = zigzag + np.maximum(before + chain.extra[-1] + home, arrive)
+    return np.where(m > warm_up, np.maximum(cost, zigzag), cost)
 
 
 def fixed_bound(problem: Problem) -> float:
     """Lower bound of a problem with given chunks [s]; inf where a rank cannot hold its chunks.
 
-    The step when each layer takes its least forward, backward, ...: the step never falls when a time rises. And R(s)
-    of every rank (`bounds`) with memory priced (`_rank_work`).
+    The step when each layer takes its least forward, backward, ...: the step never falls when a time rises. And the
+    bounds by single paths (`_path_bound`) that are critical when each rank is as fast as its memory allows.
     """
     assert problem.ends is not None
-    chunks = []
-    known: dict[int, list[float]] = {}
-    for begin, end in zip((0, *problem.ends), problem.ends, strict=False):
-        least = [0.0] * (len(TIMES) + 1)
-        for layer in problem.layers[begin:end]:
-            values = known.get(id(layer.choices))
-            if values is None:
-                names = (*TIMES, "weight_s")
-                values = known[id(layer.choices)] = [min(getattr(c, name) for c in layer.choices) for name in names]
-            least = [a + b for a, b in zip(least, values, strict=True)]
+    least, fitted = [], []
+    steps = Weights(problem.microbatches, problem.microbatches, 1, 1, 1)
+    fills = {s: _fill_rank(problem, s, dict.fromkeys(_chunks(problem, s), steps)) for s in range(problem.stages)}
+    for c, (begin, end) in enumerate(zip((0, *problem.ends), problem.ends, strict=False)):
         send = problem.layers[end - 1].send_s if end < len(problem.layers) else 0.0
-        chunks.append(StageTimes(*least[:-1], send, least[-1]))
-    step = simulate(problem.schedule, chunks, problem.microbatches, virtual=problem.virtual).step_time_s
-    vectors = in_flight_vectors(problem.schedule, problem.stages, problem.microbatches, problem.virtual)
-    before = 0.0
-    for s in range(problem.stages):
-        step = max(step, before + _rank_work(problem, s, max(vectors[s], key=sum)))
-        before += chunks[s].forward_s + chunks[s].backward_s
+        fastest = [0.0] * (len(TIMES) + 1)
+        for layer in problem.layers[begin:end]:
+            values = (min(getattr(o, name) for o in layer.choices) for name in (*TIMES, "weight_s"))
+            fastest = [a + b for a, b in zip(fastest, values, strict=True)]
+        least.append(StageTimes(*fastest[:-1], send, fastest[-1]))
+        f, v, first, last, tail = fills[c % problem.stages][1][c]
+        fitted.append(StageTimes(f, v, first, last, tail, send))
+    if max(fill[0] for fill in fills.values()) == inf:
+        return inf
+
+    def play(times: Sequence[StageTimes]) -> Timeline:
+        return simulate(problem.schedule, times, problem.microbatches, virtual=problem.virtual)
+
+    step = play(least).step_time_s
+    path = play(fitted).critical_path
+    step = max(step, path_bound(problem, path))
     return step * (1 - ROUNDING) + problem.step_fixed_s
 
 
-def _rank_work(problem: Problem, s: int, vector: Sequence[int]) -> float:
-    """Least time of all microbatches on a rank with given chunks, in its memory; layers may mix choices [s].
+def path_bound(problem: Problem, path: CriticalPath) -> float:
+    """Lower bound from one path for given chunks: its length when every rank fits in memory, layers mixing choices [s].
 
-    The linear relaxation of one choice a layer: every layer's fastest, then fractions of layers move along their
-    convex fronts of (bytes, seconds), fewest seconds per byte first, until `vector` microbatches in flight fit.
+    A path bounds every step, and no rank's memory depends on another's choices: so each rank by itself minimises its
+    part of the path's length.
     """
     assert problem.ends is not None
+    counts = (path.forward, path.backward, path.first_forward, path.last_backward, path.tail)
+    weights = {c: Weights(*(per_chunk[c] for per_chunk in counts)) for c in range(problem.chunks)}
+    total = sum(
+        count * problem.layers[end - 1].send_s for count, end in zip(path.send, problem.ends[:-1], strict=False)
+    )
+    for s in range(problem.stages):
+        total += _fill_rank(problem, s, {c: weights[c] for c in _chunks(problem, s)})[0]
+    return total
+
+
+class Weights(NamedTuple):
+    """How often each of a chunk's times counts."""
+
+    forward: int
+    backward: int
+    first_forward: int
+    last_backward: int
+    tail: int
+
+
+def _chunks(problem: Problem, s: int) -> range:
+    """The chunks of rank s."""
+    return range(s, problem.chunks, problem.stages)
+
+
+def _fill_rank(problem: Problem, s: int, weights: Mapping[int, Weights]) -> tuple[float, dict[int, list[float]]]:
+    """The least weighted time of a rank with given chunks that fits in its memory, and each chunk's `TIMES` then.
+
+    The linear relaxation of one choice a layer: every layer's least, then fractions of layers move along their
+    convex fronts of (bytes, weighted seconds), fewest seconds per byte first, until what is in flight fits. Of the
+    vectors in flight the one with most microbatches counts.
+    """
+    assert problem.ends is not None
+    vectors = in_flight_vectors(problem.schedule, problem.stages, problem.microbatches, problem.virtual)
     room = float(problem.memory_bytes - problem.stage_fixed_bytes)
-    together: dict[tuple[int, int], list] = {}
-    for c, x in zip(range(s, problem.chunks, problem.stages), vector, strict=True):
-        begin = problem.ends[c - 1] if c else 0
-        room -= x * problem.layers[begin - 1].cut_bytes if c else 0
-        for layer in problem.layers[begin : problem.ends[c]]:
-            together.setdefault((id(layer.choices), x), [layer.choices, 0])[1] += 1
+    times = {c: [0.0] * len(TIMES) for c in _chunks(problem, s)}
     total = peak = 0.0
     moves = []
-    for (_, x), (choices, count) in together.items():
-        points = [
-            (
-                problem.microbatches * (c.forward_s + c.backward_s) + c.first_forward_extra_s + c.last_backward_extra_s,
-                c.static_bytes + x * c.saved_bytes,
-            )
-            for c in choices
-        ]
-        front = convex_front(points)
-        total += count * front[0][0]
-        room -= count * front[0][1]
-        peak = max(peak, min(c.transient_bytes for c in choices))
-        moves += [((b[0] - a[0]) / (a[1] - b[1]), count * (a[1] - b[1])) for a, b in pairwise(front)]
+    for c, x in zip(_chunks(problem, s), max(vectors[s], key=sum), strict=True):
+        begin = problem.ends[c - 1] if c else 0
+        room -= x * problem.layers[begin - 1].cut_bytes if c else 0
+        together: dict[int, list] = {}
+        for layer in problem.layers[begin : problem.ends[c]]:
+            together.setdefault(id(layer.choices), [layer.choices, 0])[1] += 1
+        for choices, count in together.values():
+            numbers = [[getattr(o, name) for name in TIMES] for o in choices]
+            values = [sum(w * n for w, n in zip(weights[c], row, strict=True)) for row in numbers]
+            points = [
+                (value, o.static_bytes + x * o.saved_bytes, k)
+                for k, (value, o) in enumerate(zip(values, choices, strict=True))
+            ]
+            front = convex_front(points)
+            total += count * front[0][0]
+            room -= count * front[0][1]
+            peak = max(peak, min(o.transient_bytes for o in choices))
+            times[c] = [t + count * n for t, n in zip(times[c], numbers[front[0][2]], strict=True)]
+            for a, b in pairwise(front):
+                change = [(n - o) / (a[1] - b[1]) for n, o in zip(numbers[b[2]], numbers[a[2]], strict=True)]
+                moves.append(((b[0] - a[0]) / (a[1] - b[1]), count * (a[1] - b[1]), c, change))
     room -= peak
-    for slope, size in sorted(moves):
+    for slope, size, c, change in sorted(moves):
         if room >= 0:
             break
         moved = min(size, -room)
         total += slope * moved
         room += moved
-    return total if room >= -1 else inf
+        times[c] = [t + moved * d for t, d in zip(times[c], change, strict=True)]
+    return (total if room >= -1 else inf), times
 
 
-def convex_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The lower convex front of (seconds, bytes), from the fastest to the smallest.
+def convex_front(points: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """The lower convex front of (seconds, bytes, which), from the fastest to the smallest.
 
-    >>> convex_front([(1.0, 10.0), (2.0, 9.0), (3.0, 2.0)])
-    [(1.0, 10.0), (3.0, 2.0)]
+    >>> convex_front([(1.0, 10.0, 0), (2.0, 9.0, 1), (3.0, 2.0, 2)])
+    [(1.0, 10.0, 0), (3.0, 2.0, 2)]
     """
-    front: list[tuple[float, float]] = []
+    front: list[tuple[float, float, int]] = []
     for point in sorted(points):
         if front and point[1] >= front[-1][1]:
             continue
@@ -257,7 +336,7 @@ def convex_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
     """Seconds paid per byte saved from a to b."""
     return (b[0] - a[0]) / (a[1] - b[1])
 
@@ -317,8 +396,19 @@ def least_memory(problem: Problem, chain: Chain) -> tuple[int, int]:
         best = need[0] if best is None else np.maximum(best[:, None], need).min(0)
     assert best is not None
     least = int(best[0])
-    split = Relaxation(0.0, float(least), tuple(n.astype(np.float64) for n in needs), chain.positions)
-    ends = split.boundaries(0.0)
-    at = [int(np.searchsorted(chain.positions, e)) for e in (0, *ends)]
-    sizes = [int(n[at[s] if s else 0, at[s + 1] if s < pp - 1 else 0]) for s, n in enumerate(needs)]
-    return least + problem.stage_fixed_bytes, sizes.index(max(sizes))
+    return least + problem.stage_fixed_bytes, _tight_stage(needs, least)
+
+
+def _tight_stage(needs: Sequence[np.ndarray], least: int) -> int:
+    """The stage that needs `least` in a split that needs no more; the first one of the first such split."""
+    reach = [np.ones(1, dtype=bool)]
+    for need in needs:
+        reach.append((reach[-1][:, None] & (need <= least)).any(0))
+    at, sizes = 0, []
+    for s in range(len(needs) - 1, -1, -1):
+        column = needs[s][:, at if s < len(needs) - 1 else 0]
+        start = int(np.flatnonzero(reach[s] & (column <= least))[0])
+        sizes.append(int(column[start]))
+        at = start
+    sizes.reverse()
+    return sizes.index(max(sizes))
