@@ -104,5 +104,12 @@ def search_options(command: Command) -> Command:
             metavar="S",
             help="Stop the search after S seconds.",
         ),
+        click.option("--audit", is_flag=True, help="Solve pruned combinations again, without their bounds."),
+        click.option(
+            "--dump-lp",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE.lp",
+            help="Write the integer programme of the plan's combination.",
+        ),
         click.option("--workers", type=click.IntRange(0), default=0, help="Processes. [default: one a core]"),
     )

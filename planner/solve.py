@@ -271,3 +271,15 @@ def _shortfall(rounds: _Rounds) -> Solution:
     assignment = programme.pick()
     short, stage = evaluate(rounds.problem, assignment).shortfall
     return Solution("infeasible", None if short else assignment, inf, inf, short, stage)
+
+
+def solved_programme(problem: Problem, gap: float = 0.005) -> Programme:
+    """The integer programme of a problem with every path that its solution needed, and without a cut-off.
+
+    Its optimum is a lower bound of the step time, within `gap` of the best simulated step.
+    """
+    rounds = _Rounds(problem, fold(problem), open_windows(problem), "highs", max(gap, EXACT), None, inf)
+    if rounds.relaxations() is None:
+        rounds.integers()
+    rounds.programme.step.upBound = None
+    return rounds.programme

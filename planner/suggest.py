@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ from ..errors import UsageError
 from ..hardware_profiles.catalog import Profile, load_profile, match_gpu
 from ..units import GIB
 from .alternatives import alternatives
-from .assemble import model_section
 from .baselines import plain_fsdp, rule_of_thumb
+from .certificate import Clock, Say, audited, model_fields, solver_section, write_programme
 from .graph import ModelGraph
 from .infeasible import no_plan
 from .local_gpus import local_gpu_names
-from .objectives import Goal, reach
+from .objectives import Goal, interrupted, reach
 from .pins import parse_pins
-from .plan import Plan, SolverSection
-from .plan_notes import assumptions, notes, space_description
+from .plan import Plan
+from .plan_notes import assumptions, notes
 from .planning import SearchOptions, Solved, Subject
 from .request import Request
 from .search import SearchResult
@@ -28,7 +27,6 @@ from .sharding import Sharding, analyse, with_sequence_parallel
 
 DEFAULT_HARDWARE = "h100-sxm"
 REPAIR_S = 20.0
-Say = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +98,8 @@ def suggest_in_detail(
     target_step_time_s: float | None = None,
     price_per_gpu_hour: float | None = None,
     workers: int = 0,
+    audit: bool = False,
+    dump_lp: Path | None = None,
     repair_s: float = REPAIR_S,
     model_args: Mapping[str, str] | None = None,
     inputs: Sequence[str] = (),
@@ -134,6 +134,10 @@ def suggest_in_detail(
         See `objectives.Goal`.
     workers : int
         Processes of the search; 0 is one for each core.
+    audit : bool
+        Solve pruned combinations again, see `audit.audit`.
+    dump_lp : path, optional
+        Where the integer programme of the plan's combination is written.
     repair_s : float
         If nothing fits, seconds to look for what would; 0 does not look.
     say, on_progress : callable, optional
@@ -145,7 +149,7 @@ def suggest_in_detail(
         See `suggest`.
     """
     say = say or (lambda name, text: None)
-    clock = _Clock()
+    clock = Clock()
     pins = parse_pins(fix, most, least, forbid, pins_file)
     goal = Goal(objective, target_step_time_s, price_per_gpu_hour)
     profile, why = choose_profile(hardware)
@@ -178,13 +182,20 @@ def suggest_in_detail(
     reached = reach(subject, request, goal, SearchOptions(top, workers, on_progress), say)
     solved = reached.solved
     clock.lap("search")
+    if solved.best is None and interrupted(solved):
+        raise KeyboardInterrupt
     if solved.best is None:
         raise no_plan(subject, solved, repair_s, say)
+    proofs = [*reached.proofs, *audited(solved, audit, workers, say)]
+    if audit:
+        clock.lap("audit")
+    if dump_lp is not None:
+        write_programme(solved, dump_lp)
     asked = {"target": target, "model_args": dict(model_args or {}), "input_spec": list(inputs)}
     length_from = "" if seq_len else default.source
     fields = {
         **model_fields(subject.graph, loaded, asked),
-        "solver": solver_section(solved, goal, reached.proofs, clock),
+        "solver": solver_section(solved, goal, proofs, clock),
         "baselines": [b for b in (rule(solved.model, solved.meshes) for rule in (rule_of_thumb, plain_fsdp)) if b],
         "assumptions": assumptions(
             solved.request, profile, why, length_from, global_batch is None, memory_limit_gib is None
@@ -200,21 +211,6 @@ def suggest_in_detail(
     return Suggestion(plan, subject, solved, clock.seconds)
 
 
-def model_fields(graph: ModelGraph, loaded: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a plan that say what was planned, and with which versions."""
-    return {
-        "tpplan_version": _version("tpplan"),
-        "torch_version": _version("torch"),
-        "model": model_section(
-            graph,
-            layers=len(graph.units),
-            loss=graph.loss or loaded.loss_description,
-            loss_weighting=loaded.loss_weighting,
-            **asked,
-        ),
-    }
-
-
 def traced(loaded: Any, profile: Profile, sequence_length: int, precision: str) -> Subject:
     """Trace a loaded target; the subject can trace it again at another length."""
     from .trace import trace
@@ -223,24 +219,6 @@ def traced(loaded: Any, profile: Profile, sequence_length: int, precision: str) 
     sharding = analyse(graph)
     sequence = with_sequence_parallel(graph, sharding)
     return Subject(graph, sharding, profile, sequence, lambda length, p: traced(loaded, profile, length, p))
-
-
-class _Clock:
-    """Seconds of each part of the job."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """Close the part `name`."""
-        now = time.perf_counter()
-        self.seconds[name] = now - self.last
-        self.last = now
-
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.begin
 
 
 def choose_profile(hardware: str | None) -> tuple[Profile, str]:
@@ -257,36 +235,3 @@ def choose_profile(hardware: str | None) -> tuple[Profile, str]:
             )
         return profile, f"the local GPUs: {len(names)} x {names[0]}"
     return load_profile(DEFAULT_HARDWARE), "no local GPU; the default"
-
-
-def solver_section(solved: Solved, goal: Goal, proofs: Sequence[str], clock: _Clock) -> SolverSection:
-    """The certificate of the search; the parts of the search are summed over its processes."""
-    model, result = solved.model, solved.result
-    parts = {f"search: {part}": seconds for part, seconds in result.seconds.items()}
-    assert result.best is not None
-    import highspy
-
-    fields = {
-        "status": "optimal" if result.status == "optimal" else "feasible",
-        "objective_s": result.best.evaluation.step_time_s,
-        "lower_bound_s": result.lower_bound_s,
-        "gap": result.gap,
-        "wall_s": clock.total(),
-        "name": "HiGHS through PuLP",
-        "version": highspy.Highs().version(),
-        "candidates": result.candidates,
-        "pruned": dict(result.pruned),
-        "solved": result.solved,
-        "infeasible": result.infeasible,
-        "seconds": {name: round(s, 3) for name, s in {**clock.seconds, **parts}.items()},
-        "objective": goal.objective,
-        "proofs": list(proofs),
-        "space": space_description(model.request, model.space, model.sharding),
-    }
-    return SolverSection.model_validate(fields)
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
