@@ -10,6 +10,7 @@ from functools import partial
 from math import inf
 
 from brute_force import Answer, Plans, answer, every_plan, price_one, splits
+from tpplan.costmodels.schedules import SCHEDULES
 from tpplan.planner.evaluate import Evaluation, evaluate
 from tpplan.planner.greedy import fill
 from tpplan.planner.problem import Assignment, Choice, Layer, Problem
@@ -70,7 +71,7 @@ def with_kinds(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 
 
 def random_problem(
-    rng: random.Random, max_layers: int = 6, schedules: Sequence[str] = ("1f1b", "gpipe"), most_stages: int = 3
+    rng: random.Random, max_layers: int = 6, schedules: Sequence[str] = SCHEDULES, most_stages: int = 3
 ) -> Problem:
     """Three layers or more of mixed kinds on up to three stages, some cuts illegal, memory unlimited.
 
@@ -105,7 +106,7 @@ def with_ends(rng: random.Random, problem: Problem) -> Problem:
     return replace(problem, ends=(*sorted(rng.sample(cuts, problem.chunks - 1)), n))
 
 
-def deep_problem(rng: random.Random, schedules: Sequence[str] = ("1f1b", "1f1b", "gpipe")) -> Problem:
+def deep_problem(rng: random.Random, schedules: Sequence[str] = SCHEDULES) -> Problem:
     """Five to seven layers with two choices each on three to five ranks, up to 14 microbatches."""
     n, schedule = rng.randint(5, 7), rng.choice(schedules)
     kinds = [random_layer(rng, kind) for kind in range(3)]
