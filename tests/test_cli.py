@@ -116,6 +116,13 @@ def test_the_certificate_and_the_space_are_shown(run) -> None:
         assert text in out
 
 
+def test_an_audit_is_told_and_the_programme_written(run, tmp_path: Path) -> None:
+    code, out, _ = run("suggest", NANOGPT, *TINY, "--gpus", "2", "--audit", "--dump-lp", "plan.lp")
+    assert code == 0
+    assert "pruned combinations (all) solved again without bounds, none beats the proven bound" in " ".join(out.split())
+    assert "Subject To" in (tmp_path / "plan.lp").read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
