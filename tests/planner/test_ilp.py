@@ -109,7 +109,7 @@ def test_too_few_cuts_are_infeasible_without_a_shortfall() -> None:
 
 def test_a_time_limit_ends_with_a_true_bound() -> None:
     rng = random.Random(5)
-    problem = replace(random_problem(rng, 6), stages=1)
+    problem = replace(random_problem(rng, 6, ("1f1b",)), stages=1)
     solution = solve(problem, time_limit_s=0.0)
     assert solution.status == "feasible"
     assert solution.lower_bound_s <= solve(problem, gap=0.0).objective_s
