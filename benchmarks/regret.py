@@ -208,9 +208,10 @@ def report(results: dict[str, Any]) -> str:
             ratio = measured[choice]["step_s"] / measured[best]["step_s"]
             twice = runs.get(f"{choice} again", {}).get("step_s")
             spread = f"; the choice again: {twice * 1e3:.1f} ms" if twice else ""
+            fastest = f"{words(measured[best])}: {measured[best]['step_s'] * 1e3:.1f} ms"
             said.append(
                 f"Regret {ratio:.3f}: the choice {measured[choice]['step_s'] * 1e3:.1f} ms, "
-                f"the best of {len(measured)} ({words(measured[best])}) {measured[best]['step_s'] * 1e3:.1f} ms{spread}. "
+                f"the best of {len(measured)} ({fastest}){spread}. "
                 f"{left_out} combinations of pins have no plan.\n"
             )
         said += [
