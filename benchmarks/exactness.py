@@ -142,7 +142,7 @@ def bound_violations(k: Known) -> list[str]:
         for target_s in (optimum_s, 1.1 * optimum_s, inf):
             if k.feasible and shut_out(k, relaxation, target_s):
                 found.append(f"windows of target {target_s} shut out {shut_out(k, relaxation, target_s)}")
-    return found + [f"{name} = {value} above {optimum_s}" for name, value in bounds.items() if value > optimum_s]
+    return found + [f"{name} = {value} above {optimum_s}" for name, value in bounds.items() if not value <= optimum_s]
 
 
 def shut_out(k: Known, relaxation: Relaxation, target_s: float) -> list[tuple[int, ...]]:

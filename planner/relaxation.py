@@ -162,6 +162,8 @@ def _last(before: np.ndarray, work: np.ndarray, band: Band) -> float:
 
 def _mixture_bound(problem: Problem, chain: Chain, bare: float, total: float) -> float:
     """a sum w + what all paths share; `bare` = least sum of w, `total` = the same with two transfers a cut."""
+    if bare == inf:
+        return inf  # with a = 1 the products below would be no numbers
     m, pp = problem.microbatches, problem.stages
     a = mixture(problem.schedule, pp, m)
     if problem.schedule == "gpipe":
