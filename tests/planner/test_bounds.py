@@ -57,17 +57,22 @@ def test_no_bound_of_given_chunks_exceeds_the_optimum(chunked: list[Known]) -> N
     assert infeasible >= 3
 
 
+@pytest.mark.parametrize("limit", [0.8, 1.0, 1.0 + 1e-9, 1.3, inf])
 @pytest.mark.parametrize("looseness", [1.0, 1.1, inf])
-def test_windows_keep_every_plan_within_the_target(instances: list[Known], looseness: float) -> None:
-    for k in instances:
-        if k.feasible:
-            target = k.answer.optimum_s * looseness
-            windows = relax(k.problem, chain_arrays(k.problem.layers)).windows(target)
-            assert windows
-            for plans in k.plans:
-                within = plans.step_s[plans.peak_bytes.max(0) <= k.problem.memory_bytes] <= target
-                inside = all(lo <= b <= hi for b, (lo, hi) in zip(plans.boundaries, windows, strict=True))
-                assert inside or not within.any()
+def test_windows_keep_every_plan_within_the_target(instances: list[Known], looseness: float, limit: float) -> None:
+    """Whatever step time (`limit` x optimum) the relaxation may leave out, below it nothing is lost."""
+    for k in instances[:150]:
+        if not k.feasible:
+            continue
+        target, limit_s = k.answer.optimum_s * looseness, k.answer.optimum_s * limit
+        relaxation = relax(k.problem, chain_arrays(k.problem.layers), limit_s)
+        assert max(relaxation.lb1_s, relaxation.lb2_s) <= k.answer.optimum_s
+        windows = relaxation.windows(target)
+        for plans in k.plans:
+            steps = plans.step_s[plans.peak_bytes.max(0) <= k.problem.memory_bytes]
+            wanted = (steps <= target) & (steps < limit_s)
+            inside = bool(windows) and all(lo <= b <= hi for b, (lo, hi) in zip(plans.boundaries, windows, strict=True))
+            assert inside or not wanted.any()
 
 
 def test_windows_close_below_the_bound(instances: list[Known]) -> None:
