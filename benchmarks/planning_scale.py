@@ -28,7 +28,6 @@ CONFIG = ROOT / "examples" / "llama3_8b" / "config.json"
 LAYERS, GPUS = (24, 32, 48, 64, 80, 96, 112, 128), tuple(2**i for i in range(3, 15))
 LAYERS_ON, LAYERS_OF = 64, 32
 LIMIT_S = 300
-SEARCH = ("search",)
 
 
 def main() -> None:
@@ -76,13 +75,8 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     """Both pictures."""
 
     def series(points: list[tuple[int, str]]) -> dict[str, list[tuple[float, float]]]:
-        found = [(x, results["rows"].get(name, {"error": ""})) for x, name in points]
-        found = [(x, row) for x, row in found if "error" not in row]
-        lines = {"whole process": [(float(x), row["processor_s"]) for x, row in found]}
-        timed = [
-            (float(x), sum(row["seconds"].get(part, 0.0) for part in SEARCH)) for x, row in found if row["seconds"]
-        ]
-        return lines | ({"of it search (wall)": timed} if timed else {})
+        found = [(float(x), results["rows"].get(name, {"error": ""})) for x, name in points]
+        return {"imports, trace and search": [(x, row["processor_s"]) for x, row in found if "error" not in row]}
 
     charts = {
         "planning_layers": Chart(
@@ -101,11 +95,6 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     }
     for name, chart in charts.items():
         (folder / f"{name}.svg").write_text(chart.svg())
-
-
-def search_s(seconds: dict[str, float]) -> float:
-    """Seconds of the search among the parts of a run."""
-    return sum(seconds.get(part, 0.0) for part in SEARCH)
 
 
 if __name__ == "__main__":
