@@ -18,6 +18,7 @@ the same nodes use the other cards, so they do not slow each other.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from ..hardware_profiles.convert import wire_bytes
 from ..hardware_profiles.device import CollectiveModel, LinkModel
@@ -86,16 +87,25 @@ def collective_s(op: str, n_bytes: float, size: int, stride: int, links: LinkMod
 
 
 def ranks_inside(size: int, stride: int, links: LinkModel) -> tuple[int, ...]:
-    """How many ranks of the group lie inside one domain of each level: min(size, max(1, domain // stride)).
+    """How many ranks of the group lie inside one domain of each level, for the group that is worst off.
+
+    The largest divisor d of `size` for which d ranks, `stride` apart, fill domains without one of them lying in two:
+    all groups step together, so one that straddles domains (3 ranks in nodes of 8) slows them all.
 
     >>> from ..hardware_profiles import load_profile
-    >>> ranks_inside(16, 2, load_profile("h100-sxm").links)
-    (4, 16)
+    >>> links = load_profile("h100-sxm").links
+    >>> ranks_inside(16, 2, links), ranks_inside(3, 1, links), ranks_inside(6, 1, links)
+    ((4, 16), (1, 3), (2, 6))
     """
+    return _inside(size, stride, tuple(level.size for level in links.levels))
+
+
+@lru_cache(maxsize=65536)
+def _inside(size: int, stride: int, domains: tuple[int | None, ...]) -> tuple[int, ...]:
     inside = []
-    for level in links.levels:
-        room = size if level.size is None else max(1, level.size // stride)
-        inside.append(min(size, room))
+    for domain in domains:
+        fits = (d for d in range(size, 0, -1) if size % d == 0 and (domain is None or domain % (d * stride) == 0))
+        inside.append(next(fits, 1))
     return tuple(inside)
 
 

@@ -24,9 +24,7 @@ class Traffic:
     compute_slowdown: float
     comm_slowdown: float
 
-    def exposed(
-        self, forward_s: Any, backward_s: Any, dp: DataParallel, *, first: bool
-    ) -> tuple[Any, Any, Any, Any]:
+    def exposed(self, forward_s: Any, backward_s: Any, dp: DataParallel, *, first: bool) -> tuple[Any, Any, Any, Any]:
         """(forward, backward, first-forward extra, last-backward extra) with FSDP's prefetch and overlap.
 
                                 gather in            reduce in

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb")
 
 
@@ -287,20 +289,20 @@ def in_flight_vectors(
     ends = "W" if schedule == "zb" else "B"
     found = []
     for row in schedule_order(schedule, stages, microbatches, virtual):
-        held, seen = [0] * virtual, set()
+        held, seen, rising = [0] * virtual, set(), False
         for kind, _, c in row:
             if kind == "F":
                 held[c // stages] += 1
-                seen.add(tuple(held))
+                rising = True
             elif kind == ends:
+                if rising:
+                    seen.add(tuple(held))
                 held[c // stages] -= 1
-        found.append(tuple(sorted(v for v in seen if not any(_covers(other, v) for other in seen))))
+                rising = False
+        vectors = np.array(sorted(seen))
+        covered = (vectors[None] >= vectors[:, None]).all(2).sum(1) > 1  # by another than itself
+        found.append(tuple(map(tuple, vectors[~covered].tolist())))
     return tuple(found)
-
-
-def _covers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether `one` is at least `other` everywhere, and another."""
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
 def simulate(

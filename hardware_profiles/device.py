@@ -186,6 +186,11 @@ class LinkModel:
         """The same links with `gpus_per_node` GPUs in the innermost domain."""
         return LinkModel((replace(self.levels[0], size=gpus_per_node), *self.levels[1:]))
 
+    def within(self, gpus: int) -> LinkModel:
+        """The same links for a job of so many GPUs: a domain that holds them all has no borders."""
+        whole = (level.size is not None and level.size >= gpus for level in self.levels)
+        return LinkModel(tuple(replace(v, size=None) if w else v for v, w in zip(self.levels, whole, strict=True)))
+
 
 def gemm_law_s(flops: float | Array, gemm: GemmModel, peak: float) -> float | Array:
     """Seconds of a matrix product by the smooth law: f / (peak * efficiency(f)).

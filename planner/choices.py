@@ -71,7 +71,7 @@ class CostModel:
         self.profile = profile
         self.request = request
         self.device = profile.device.shared_by(request.gpus)
-        self.links = profile.links.with_node_size(request.gpus_per_node)
+        self.links = profile.links.with_node_size(request.gpus_per_node).within(request.gpus)
         self.compiled = self.device.kind == "cuda" if compiled is None else compiled
         self.clocks = {piped: self._clock(piped) for piped in (False, True)}
         self.facts = unit_facts(graph)

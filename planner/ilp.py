@@ -19,6 +19,7 @@ Decide
     g[c, r]      binary, chunks 0..c hold at least one layer of run r (for n_r = 1 it is c[c, r] itself)
     b[c]         integer, position behind the last layer of chunk c
     y[s, k]      binary, rank s holds a layer whose transient is at least the k-th smallest one
+    h[s, x]      integer, grains of G bytes that the rests of the sizes fill (exact ranks alone)
     F, V, first, last, tail, P, W [c]   seconds of chunk c (V: backward, P: transfer to the next; W: "zb" alone)
     T            step time without what is fixed
 
@@ -34,6 +35,7 @@ Subject to
     transient    y[s, k] = 1 if rank s holds a transient of t_k or more                      `transient_rows`
     memory       sum over chunks c of rank s of sum (static + x_c saved) q + x_c sum_r cut_r l[c-1, r]
                  + sum_k (t_k - t_k-1) y[s, k] <= cap,  for x in X_s                         `memory_rows`
+                 in whole units of G bytes, rounded down; on ranks where a pick abused that, exactly
     stage time   F[c] = sum f q, V[c] = sum v q, ..., P[c] = sum_r send_r l[c, r]            `time_rows`
     path         T >= sum_c of the path's counts times the chunk's seconds, for p in P       `path_row`
 
@@ -44,7 +46,7 @@ programme is always a relaxation, and its dual bound a proof. `write_lp` writes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,13 +70,12 @@ def times_of(problem: Problem) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Model units: `time` per second (steps near 1000), `memory` per byte (limits near 100).
+    """Model units: `time` per second (steps near 1000).
 
-    HiGHS accepts violations of 1e-6 or so; in these units that is 1e-9 of a step and 1e-8 of the memory.
+    HiGHS accepts violations of 1e-6 or so; in these units that is 1e-9 of a step. Memory rows have units of their own.
     """
 
     time: float
-    memory: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ def build(
     scale: Scale,
     *,
     slack: bool = False,
+    exact: Collection[int] = (),
 ) -> Programme:
     """The programme without paths; `slack` minimises the memory shortfall instead of the step time.
 
@@ -142,6 +144,8 @@ def build(
     ----------
     windows : sequence of (lo, hi)
         For each chunk the range of positions at which it may end; the last is (n, n).
+    exact : collection of int
+        Ranks whose memory is counted to the byte.
     """
     model = pulp.LpProblem("tpplan", pulp.LpMinimize)
     step = model.add_variable("T", lowBound=0)
@@ -155,7 +159,7 @@ def build(
         position_rows(problem, runs, variables),
         order_rows(problem, runs, variables),
         cut_rows(problem, runs, variables),
-        memory_rows(problem, model, runs, variables, scale, short),
+        memory_rows(problem, model, runs, variables, short, exact),
         time_rows(problem, runs, variables, times, scale),
     ]
     for family in rows:
@@ -254,28 +258,52 @@ def memory_rows(
     model: pulp.LpProblem,
     runs: tuple[Run, ...],
     v: _Variables,
-    scale: Scale,
     short: pulp.LpVariable | None,
+    exact: Collection[int],
 ) -> Iterator[Row]:
-    """sum (static + x_c saved) q + x_c sum_r cut_r l[c-1, r] + transient_s <= cap (+ shortfall), for x in X_s."""
+    """sum (static + x_c saved) q + x_c sum_r cut_r l[c-1, r] + transient_s <= cap (+ shortfall), for x in X_s.
+
+    Solvers decide between plans a few bytes apart by rounding, and were seen to prove the wrong one. So coefficients
+    are small integers: with G = `grain_bytes` and sizes a = H G + L, 0 <= L < G,
+
+        sum H q <= floor(cap / G)                                          a relaxation
+        sum H q + h <= floor(cap / G),  sum L q - G h <= cap mod G,  h >= 0 integer      exact, on ranks in `exact`
+    """
     vectors = in_flight_vectors(problem.schedule, problem.stages, problem.microbatches, problem.virtual)
-    cap = (problem.memory_bytes - problem.stage_fixed_bytes) * scale.memory
+    cap = problem.memory_bytes - problem.stage_fixed_bytes
+    grain = grain_bytes(problem)
     for s in range(problem.stages):
         chunks = range(s, problem.chunks, problem.stages)
-        lowest, steps, rows = transient_rows(model, runs, v, s, chunks, scale)
+        lowest, steps, rows = transient_rows(model, runs, v, s, chunks)
         yield from rows
         for k, vector in enumerate(vectors[s]):
-            terms: list[tuple[pulp.LpVariable | int, float]] = []
+            terms: list[tuple[pulp.LpVariable | int, int]] = [*steps]
             for c, x in zip(chunks, vector, strict=True):
                 for r, run in enumerate(runs):
                     for o, choice in _held(v, c, r, run):
-                        size = choice.static_bytes + x * choice.saved_bytes
-                        terms.append((v.q[c, r, o], size * scale.memory))
+                        terms.append((v.q[c, r, o], choice.static_bytes + x * choice.saved_bytes))
                     if c and run.layer.cut_bytes:
-                        terms += _ends_in(v, c - 1, r, runs, x * run.layer.cut_bytes * scale.memory)
+                        terms += _ends_in(v, c - 1, r, runs, x * run.layer.cut_bytes)
+            name = f"memory_{s}_{k}" if k else f"memory_{s}"
+            _, sizes, _, room = _row(name, terms, LE, cap - lowest)
             if short is not None:
-                terms.append((short, -1.0))
-            yield _row(f"memory_{s}_{k}" if k else f"memory_{s}", [*terms, *steps], LE, cap - lowest)
+                in_grains = {variable: size / grain for variable, size in sizes.items()}
+                yield name, {**in_grains, short: -1.0}, LE, room / grain
+                continue
+            high: Terms = {variable: int(size) // grain for variable, size in sizes.items()}
+            if s in exact:
+                most = len(problem.layers) + len(sizes)  # no sum of rests fills more grains
+                carry = model.add_variable(f"h_{s}_{k}", 0, most, pulp.LpInteger)
+                high[carry] = 1
+                low = {variable: int(size) % grain for variable, size in sizes.items()}
+                yield f"{name}_rest", {**low, carry: -grain}, LE, int(room) % grain
+            yield name, high, LE, int(room) // grain
+
+
+def grain_bytes(problem: Problem) -> int:
+    """The unit G of the memory rows [B]: a power of two, about 2**-19 of the limit."""
+    cap = max(1, problem.memory_bytes - problem.stage_fixed_bytes)
+    return 1 << max(0, cap.bit_length() - 19)
 
 
 def _held(v: _Variables, c: int, r: int, run: Run) -> Iterator[tuple[int, Choice]]:
@@ -286,8 +314,8 @@ def _held(v: _Variables, c: int, r: int, run: Run) -> Iterator[tuple[int, Choice
 
 
 def transient_rows(
-    model: pulp.LpProblem, runs: tuple[Run, ...], v: _Variables, s: int, chunks: range, scale: Scale
-) -> tuple[float, list[tuple[pulp.LpVariable, float]], list[Row]]:
+    model: pulp.LpProblem, runs: tuple[Run, ...], v: _Variables, s: int, chunks: range
+) -> tuple[int, list[tuple[pulp.LpVariable, int]], list[Row]]:
     """Rank s's largest transient as lowest + sum_k (t_k - t_k-1) y[s, k].
 
     The lowest is what layers that the rank surely holds need at least. Returns it, the terms of the sum, and the
@@ -304,13 +332,13 @@ def transient_rows(
     lowest = max(surely, default=min(least.values()))
     levels = sorted({transient for options in held.values() for _, transient in options if transient > lowest})
     y = {level: model.add_variable(f"y_{s}_{level}", 0, 1, pulp.LpInteger) for level in levels}
-    terms = [(y[level], (level - below) * scale.memory) for below, level in pairwise([lowest, *levels])]
+    terms = [(y[level], level - below) for below, level in pairwise([lowest, *levels])]
     rows = [_row(f"nested_{s}_{b}", [(y[a], 1.0), (y[b], -1.0)], GE, 0) for a, b in pairwise(levels)]
     for (c, r), options in held.items():
         for level in sorted({transient for _, transient in options if transient > lowest}):
             large = [(v.q[c, r, o], 1.0) for o, transient in options if transient >= level]
             rows.append(_row(f"transient_{c}_{level}_{r}", [*large, (y[level], -runs[r].count)], LE, 0))
-    return lowest * scale.memory, terms, rows
+    return lowest, terms, rows
 
 
 def time_rows(

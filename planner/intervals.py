@@ -168,9 +168,8 @@ def stage_work(chain: Chain, band: Band, times: np.ndarray, in_flight: Sequence[
     fastest = between(memory[:, np.arange(len(times)), times.argmin(1)])
     tight = (fastest > room).any((1, 2))
     if tight.any():
-        multipliers = np.array([_multipliers(times, m) for m in memory[tight]]).T
         priced = bound[tight]
-        for mu in multipliers:
+        for mu in _multipliers(times, memory[tight]):
             price = mu[:, None, None]
             np.maximum(priced, between((times + price * memory[tight]).min(2)) - price * room[tight], out=priced)
         bound[tight] = priced
@@ -189,11 +188,19 @@ def _peaks(chain: Chain, band: Band) -> np.ndarray:
 
 
 def _multipliers(times: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Seconds per byte at which some layer changes its choice, `MULTIPLIERS` of them (padded with 0)."""
+    """Seconds per byte at which some layer changes its choice: (`MULTIPLIERS`, stages), 0 where there is none.
+
+    Parameters
+    ----------
+    times : (d, k) array
+    memory : (stages, d, k) array
+    """
     slower = times[:, None, :] - times[:, :, None]
-    smaller = memory[:, :, None] - memory[:, None, :]
+    smaller = memory[:, :, :, None] - memory[:, :, None, :]
     mask = (slower > 0) & (smaller > 0)
-    slopes = np.unique(slower[mask] / smaller[mask])
-    if len(slopes) > MULTIPLIERS:
-        slopes = slopes[np.linspace(0, len(slopes) - 1, MULTIPLIERS).round().astype(int)]
-    return np.concatenate((slopes, np.zeros(MULTIPLIERS - len(slopes))))
+    slopes = np.where(mask, slower / np.where(mask, smaller, 1.0), inf).reshape(len(memory), -1)
+    slopes.sort(axis=1)
+    most = np.maximum(mask.reshape(len(memory), -1).sum(1) - 1, 0)
+    at = (most[:, None] * np.linspace(0, 1, MULTIPLIERS)).round().astype(int)
+    found = np.take_along_axis(slopes, at, 1)
+    return np.where(found < inf, found, 0.0).T

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
 
+from ..costmodels.collectives import ranks_inside
 from ..hardware_profiles.device import LinkModel
 from .request import Request
 
@@ -117,13 +118,12 @@ def axis_orders(pp: int, dp_replicate: int, dp_shard: int, tp: int, links: LinkM
     """
     degrees = dict(zip(AXES, (pp, dp_replicate, dp_shard, tp), strict=True))
     active = tuple(axis for axis in AXES if degrees[axis] > 1)
-    sizes = [level.size for level in links.levels if level.size is not None]
     found: dict[tuple[object, ...], int] = {}
     for index in _orders_of(active):
         stride = 1
         inside: dict[str, tuple[int, ...]] = {}
         for axis in reversed(ORDERS[index]):
-            inside[axis] = tuple(min(degrees[axis], max(1, size // stride)) for size in sizes)
+            inside[axis] = ranks_inside(degrees[axis], stride, links)
             stride *= degrees[axis]
         found.setdefault(tuple(inside[axis] for axis in active), index)
     return tuple(sorted(found.values()))

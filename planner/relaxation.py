@@ -23,7 +23,7 @@ from ..costmodels.schedules import (
 )
 from .bounds import ROUNDING, mixture
 from .intervals import Band, Chain, band_of, stage_work
-from .problem import Problem
+from .problem import Choice, Problem
 
 TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s")
 
@@ -166,6 +166,8 @@ def _mixture_bound(problem: Problem, chain: Chain, bare: float, total: float) ->
         return inf  # with a = 1 the products below would be no numbers
     m, pp = problem.microbatches, problem.stages
     a = mixture(problem.schedule, pp, m)
+    if bare == inf:
+        return inf
     if problem.schedule == "gpipe":
         return (a - 1) * bare + total + chain.extra[1] + chain.tail[1]
     if problem.schedule == "zb":
@@ -222,13 +224,18 @@ def fixed_bound(problem: Problem) -> float:
     """
     assert problem.ends is not None
     least, fitted = [], []
+    known: Fronts = {}
+    quickest: dict[int, list[float]] = {}
     steps = Weights(problem.microbatches, problem.microbatches, 1, 1, 1)
-    fills = {s: _fill_rank(problem, s, dict.fromkeys(_chunks(problem, s), steps)) for s in range(problem.stages)}
+    fills = {s: _fill_rank(problem, s, dict.fromkeys(_chunks(problem, s), steps), known) for s in range(problem.stages)}
     for c, (begin, end) in enumerate(zip((0, *problem.ends), problem.ends, strict=False)):
         send = problem.layers[end - 1].send_s if end < len(problem.layers) else 0.0
         fastest = [0.0] * (len(TIMES) + 1)
         for layer in problem.layers[begin:end]:
-            values = (min(getattr(o, name) for o in layer.choices) for name in (*TIMES, "weight_s"))
+            values = quickest.get(id(layer.choices))
+            if values is None:
+                names = (*TIMES, "weight_s")
+                values = quickest[id(layer.choices)] = [min(getattr(o, n) for o in layer.choices) for n in names]
             fastest = [a + b for a, b in zip(fastest, values, strict=True)]
         least.append(StageTimes(*fastest[:-1], send, fastest[-1]))
         f, v, first, last, tail = fills[c % problem.stages][1][c]
@@ -257,8 +264,9 @@ def path_bound(problem: Problem, path: CriticalPath) -> float:
     total = sum(
         count * problem.layers[end - 1].send_s for count, end in zip(path.send, problem.ends[:-1], strict=False)
     )
+    known: Fronts = {}
     for s in range(problem.stages):
-        total += _fill_rank(problem, s, {c: weights[c] for c in _chunks(problem, s)})[0]
+        total += _fill_rank(problem, s, {c: weights[c] for c in _chunks(problem, s)}, known)[0]
     return total
 
 
@@ -277,7 +285,26 @@ def _chunks(problem: Problem, s: int) -> range:
     return range(s, problem.chunks, problem.stages)
 
 
-def _fill_rank(problem: Problem, s: int, weights: Mapping[int, Weights]) -> tuple[float, dict[int, list[float]]]:
+Fronts = dict[tuple[object, ...], tuple[list[tuple[float, float, int]], list[list[float]], int]]
+
+
+def _front_of(choices: Sequence[Choice], x: int, weights: Weights, known: Fronts) -> tuple[list, list, int]:
+    """The convex front of (weighted seconds, bytes, which), all choices' `TIMES`, and their least transient."""
+    key = (id(choices), x, weights)
+    if key not in known:
+        numbers = [[getattr(o, name) for name in TIMES] for o in choices]
+        values = [sum(w * n for w, n in zip(weights, row, strict=True)) for row in numbers]
+        points = [
+            (value, o.static_bytes + x * o.saved_bytes, k)
+            for k, (value, o) in enumerate(zip(values, choices, strict=True))
+        ]
+        known[key] = convex_front(points), numbers, min(o.transient_bytes for o in choices)
+    return known[key]
+
+
+def _fill_rank(
+    problem: Problem, s: int, weights: Mapping[int, Weights], known: Fronts
+) -> tuple[float, dict[int, list[float]]]:
     """The least weighted time of a rank with given chunks that fits in its memory, and each chunk's `TIMES` then.
 
     The linear relaxation of one choice a layer: every layer's least, then fractions of layers move along their
@@ -297,16 +324,10 @@ def _fill_rank(problem: Problem, s: int, weights: Mapping[int, Weights]) -> tupl
         for layer in problem.layers[begin : problem.ends[c]]:
             together.setdefault(id(layer.choices), [layer.choices, 0])[1] += 1
         for choices, count in together.values():
-            numbers = [[getattr(o, name) for name in TIMES] for o in choices]
-            values = [sum(w * n for w, n in zip(weights[c], row, strict=True)) for row in numbers]
-            points = [
-                (value, o.static_bytes + x * o.saved_bytes, k)
-                for k, (value, o) in enumerate(zip(values, choices, strict=True))
-            ]
-            front = convex_front(points)
+            front, numbers, transient = _front_of(choices, x, weights[c], known)
             total += count * front[0][0]
             room -= count * front[0][1]
-            peak = max(peak, min(o.transient_bytes for o in choices))
+            peak = max(peak, transient)
             times[c] = [t + count * n for t, n in zip(times[c], numbers[front[0][2]], strict=True)]
             for a, b in pairwise(front):
                 change = [(n - o) / (a[1] - b[1]) for n, o in zip(numbers[b[2]], numbers[a[2]], strict=True)]
@@ -402,7 +423,7 @@ def least_memory(problem: Problem, chain: Chain) -> tuple[int, int]:
 
 
 def _tight_stage(needs: Sequence[np.ndarray], least: int) -> int:
-    """The stage that needs `least` in a split that needs no more; the first one of the first such split."""
+    """The fullest stage of the first split that needs no more than `least` (it needs that much)."""
     reach = [np.ones(1, dtype=bool)]
     for need in needs:
         reach.append((reach[-1][:, None] & (need <= least)).any(0))

@@ -97,13 +97,12 @@ def open_windows(problem: Problem) -> tuple[tuple[int, int], ...]:
 
 
 def scale_of(problem: Problem, runs: Sequence[Run]) -> Scale:
-    """Units in which a step is about 1000 and the memory limit about 100."""
+    """Units in which a step is about 1000."""
     work = sum(run.count * min(c.forward_s + c.backward_s for c in run.layer.choices) for run in runs) * (
         problem.microbatches + problem.stages - 1
     )
     step_s = work / problem.stages
-    limit = max(problem.memory_bytes, problem.stage_fixed_bytes, 1)
-    return Scale(time=1000.0 / step_s if step_s > 0 else 1.0, memory=100.0 / limit)
+    return Scale(1000.0 / step_s if step_s > 0 else 1.0)
 
 
 def seed_paths(problem: Problem) -> list[CriticalPath]:
@@ -145,6 +144,7 @@ class _Rounds:
     paths: dict[CriticalPath, None] = field(default_factory=dict)
     programme: Programme = field(init=False)
     mip_rounds: int = 0
+    exact: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.paths = dict.fromkeys(seed_paths(self.problem))
@@ -152,7 +152,8 @@ class _Rounds:
 
     def rebuild(self, problem: Problem) -> None:
         """A fresh model with all the paths so far."""
-        programme = build(problem, self.runs, self.windows, scale_of(self.problem, self.runs))
+        scale = scale_of(self.problem, self.runs)
+        programme = build(problem, self.runs, self.windows, scale, exact=self.exact)
         self.programme = programme
         for k, path in enumerate(self.paths):
             add_row(programme.model, path_row(programme, path, f"path_{k}"))
@@ -239,7 +240,11 @@ class _Rounds:
                 evaluation = self.take(self.programme.pick())
                 if self.proven():
                     return self.ended()
-                if not evaluation.fits:
+                over = {s for s, size in enumerate(evaluation.stage_bytes) if size > self.problem.memory_bytes}
+                if over - self.exact:
+                    self.exact |= over
+                    self.rebuild(replace(self.problem, memory_bytes=self.problem.memory_bytes - tightened))
+                elif over:
                     tightened += max(TIGHTEN_BYTES, 2 * evaluation.shortfall[0])
                     self.rebuild(replace(self.problem, memory_bytes=self.problem.memory_bytes - tightened))
                 elif not self.add_path(evaluation.timeline.critical_path) and outcome.status == "optimal":

@@ -72,6 +72,15 @@ def test_ranks_inside_each_domain():
     assert ranks_inside(4, 16, links) == (1, 4)
 
 
+def test_a_group_that_straddles_nodes_is_not_inside_one():
+    """Of the groups of 3 in nodes of 8 one has ranks 6, 7 and 8, and all wait for it; alone, 3 are in one node."""
+    links = load_profile("h100-sxm").links
+    assert ranks_inside(3, 1, links) == (1, 3)
+    assert ranks_inside(6, 1, links) == (2, 6)
+    assert ranks_inside(3, 1, links.within(6)) == (3, 3)
+    assert collective_s("all_reduce", 2**26, 3, 1, links) > 3 * collective_s("all_reduce", 2**26, 3, 1, links.within(6))
+
+
 def test_three_levels_stripe_over_the_ranks_of_the_domain_below():
     links = LinkModel(
         (
@@ -104,7 +113,7 @@ def test_small_messages_cost_the_latency_of_the_device():
 
 def test_between_measured_sizes_lies_between_and_beyond_costs_more():
     links = load_profile("h100-sxm").links
-    two, three, four, eight = (collective_s("all_gather", 2**26, n, 1, links) for n in (2, 3, 4, 8))
+    two, three, four, eight = (collective_s("all_gather", 2**26, n, 1, links.within(n)) for n in (2, 3, 4, 8))
     assert two < three < four < eight < 1.3 * four
 
 
