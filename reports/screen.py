@@ -178,28 +178,21 @@ def _ranking(plan: Plan) -> RenderableType:
         return Text("")
     limit = plan.hardware.memory_limit_bytes
     own = row_of(plan, plan.predicted.step_time_s)
-    table = Table(
-        title=f"Layouts (* tied: within {TIED:.0%}, which the cost model cannot tell apart; by memory left)",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    for column in ("", "layout", "microbatches", "schedule", "ZeRO", "recompute", "step", "slower", "GiB left", ""):
-        table.add_column(column)
+    title = f"Layouts (> this plan; * tied within {TIED:.0%}: by memory left)"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in ("", "layout", "batches", "schedule", "recompute", "step", "slower", "GiB left"):
+        table.add_column(column, no_wrap=column not in ("recompute", "GiB left"))
     for row in in_order([own, *plan.alternatives], limit):
-        slower = row.step_time_s / own.step_time_s - 1
+        schedule = _schedule_text(row.schedule, row.virtual_stages)
         table.add_row(
-            "*" if row.tied else "",
+            (">" if row is own else "") + ("*" if row.tied else ""),
             mesh_text(row.mesh),
             f"{row.microbatches} x {row.microbatch_size}",
-            _schedule_text(row.schedule, row.virtual_stages) if row.mesh.pipeline_parallel_degree > 1 else "-",
-            str(row.zero_stage),
+            schedule if row.mesh.pipeline_parallel_degree > 1 else "-",
             row.recompute,
             format_seconds(row.step_time_s),
-            f"{slower:.1%}",
+            f"{row.step_time_s / own.step_time_s - 1:.1%}",
             f"{gib(limit - row.device_bytes):.1f}",
-            "this plan" if row is own else "",
         )
     return table
 

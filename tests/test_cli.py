@@ -99,7 +99,7 @@ def test_the_number_of_workers_changes_nothing(run) -> None:
 def test_a_ranking_is_shown_and_kept(run, tmp_path: Path) -> None:
     code, out, _ = run("suggest", NANOGPT, *TINY, "--gpus", "4", "--top", "3")
     assert code == 0
-    assert "this plan" in out
+    assert "Layouts (> this plan" in out
     plan = json.loads((tmp_path / "plan.json").read_text())
     meshes = [plan["mesh"], *(row["mesh"] for row in plan["alternatives"])]
     degrees = {tuple(v for k, v in mesh.items() if k != "order") for mesh in meshes}
