@@ -143,6 +143,46 @@ def random_limit(rng: random.Random, peaks: list[int]) -> int:
     return peaks[int(len(peaks) * rng.random() ** 2)] if rng.random() < 0.8 else peaks[-1]
 
 
+def near_tie(seed: int, grain: int) -> Known:
+    """An instance with the bytes of real models, whose limit is one of its faster plans' peak or up to 3 grains less.
+
+    Sizes are gigabytes and a few grains, so many plans lie within some grains of the limit.
+    """
+    rng = random.Random(seed)
+    plans: list[Plans] = []
+    problem = random_problem(rng, 5)
+    while not plans:
+        problem = _with_gigabytes(rng, random_problem(rng, 5), grain)
+        plans = list(every_plan(problem))
+    by_speed = sorted((float(s), int(b)) for p in plans for s, b in zip(p.step_s, p.peak_bytes.max(0), strict=True))
+    _, peak = rng.choice(by_speed[: max(1, len(by_speed) // 4)])
+    problem = replace(problem, memory_bytes=peak - grain * rng.choice([0, 0, 1, 2, 3]))
+    return Known(problem, plans, answer(problem, plans))
+
+
+def _with_gigabytes(rng: random.Random, problem: Problem, grain: int) -> Problem:
+    """The problem with every byte a gigabyte and some grains; layers of equal choices keep equal choices."""
+
+    def large(size: int) -> int:
+        return size * 10**9 + grain * rng.randint(0, 3) * (size > 0)
+
+    known: dict[tuple[Choice, ...], tuple[Choice, ...]] = {}
+    layers = []
+    for layer in problem.layers:
+        if layer.choices not in known:
+            known[layer.choices] = tuple(
+                replace(
+                    c,
+                    static_bytes=large(c.static_bytes),
+                    saved_bytes=large(c.saved_bytes),
+                    transient_bytes=large(c.transient_bytes),
+                )
+                for c in layer.choices
+            )
+        layers.append(replace(layer, choices=known[layer.choices], cut_bytes=large(layer.cut_bytes)))
+    return replace(problem, layers=with_kinds(layers))
+
+
 @dataclass(frozen=True)
 class Known:
     """A problem under a memory limit with all its plans, and the answer that brute force gives."""

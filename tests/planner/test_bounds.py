@@ -53,7 +53,7 @@ def test_no_bound_of_given_chunks_exceeds_the_optimum(chunked: list[Known]) -> N
             ratios.append(bounds[1] / k.answer.optimum_s)
         infeasible += bounds[1] == inf
     assert len(ratios) > 60
-    assert sum(ratios) / len(ratios) > 0.85
+    assert sum(ratios) / len(ratios) > 0.95
     assert infeasible >= 3
 
 
