@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def use_whole_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
     module.register_forward_hook(partial(_cut_outputs, mesh))
 
 
-def is_stream(tensor: Any) -> bool:
+def is_stream(tensor: Any) -> TypeGuard[DTensor]:
     """Whether a tensor is a stream split along its tokens."""
     return isinstance(tensor, DTensor) and tensor.ndim == _STREAM_RANK and tensor.placements == (Shard(TOKENS),)
 
@@ -153,7 +153,7 @@ def _split(mesh: DeviceMesh, tensor: torch.Tensor) -> torch.Tensor:
     if not whole or tensor.ndim != _STREAM_RANK or tensor.shape[TOKENS] % mesh.size():
         return tensor
     # A copy: a slice would keep the whole alive, and its strides would ask for compiled code of its own.
-    return tensor.redistribute(placements=[Shard(TOKENS)]).clone(memory_format=torch.contiguous_format)
+    return cast(DTensor, tensor).redistribute(placements=[Shard(TOKENS)]).clone(memory_format=torch.contiguous_format)
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:
