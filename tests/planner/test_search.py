@@ -146,3 +146,17 @@ def test_a_thousand_candidates_take_seconds(memory_gib: int) -> None:
     assert time.process_time() - start < 10
     assert result.status == ("infeasible" if memory_gib == 15 else "optimal")
     assert (result.shortfall_bytes > 0) == (memory_gib == 15)
+
+
+def test_the_number_of_workers_changes_nothing() -> None:
+    candidates = transformer_space(LLAMA_8B, 16, memory_bytes=30 * 2**30)
+    alone, together = search(candidates, workers=1), search(candidates, workers=2)
+    assert alone == together
+    assert alone.best is not None
+
+
+def test_of_a_group_only_the_best_is_ranked() -> None:
+    candidates, optima, _ = random_space(3, 6)
+    result = search(candidates, gap=0.0, top=2, group=lambda key: key[0] % 2)
+    best = [min(v for (k,), v in optima.items() if k % 2 == parity) for parity in (0, 1)]
+    assert [r.evaluation.step_time_s for r in result.ranking] == pytest.approx(sorted(best), rel=1e-9)
