@@ -46,7 +46,7 @@ def no_mesh(
     core = smallest_core(request.pins, empty)
     if len(core.pins) == 1:
         alone = core.pins[0]
-        broken, remedy = _constraint(alone, request, name, sharding, stages), _allowed(alone, request, legal, stages)
+        broken, remedy = _constraint(alone, request, name, sharding, space), _allowed(alone, request, legal, stages)
         return InfeasibleError(f"{core.text()} is not possible: {broken}.", remedy)
     broken = "; ".join(_together(core, request))
     return InfeasibleError(f"{core.text()} cannot hold together: {broken}.", "Drop one of these pins.")
@@ -87,8 +87,9 @@ def _together(core: Pins, request: Request) -> list[str]:
     return said
 
 
-def _constraint(pin: Pin, request: Request, name: str, sharding: Sharding, stages: int) -> str:
+def _constraint(pin: Pin, request: Request, name: str, sharding: Sharding, space: Space) -> str:
     """What the space demands of the pin's axis."""
+    stages = space.stages
     if pin.axis == "tp":
         return _tp_constraint(pin, request, sharding)
     if pin.axis == "pp":
@@ -108,7 +109,8 @@ def _constraint(pin: Pin, request: Request, name: str, sharding: Sharding, stage
             return f"{pin.axis}={pin.value} does not divide the global batch of {request.global_batch} samples"
         return f"{PRODUCT} = {request.gpus} and {BATCH} = {request.global_batch}"
     if pin.axis in ("virtual", "schedule"):
-        return f"interleaved schedules need pp x virtual chunks of equal size; {name} has {stages - 1} legal cuts"
+        equal = ", ".join(str(chunks) for chunks, layouts in sorted((space.layouts or {}).items()) if layouts)
+        return f"interleaved schedules need near-equal chunks: pp x virtual may be {equal or 'nothing'} for {name}"
     if pin.axis == "sequence_parallel":
         return f"sequence parallelism: {sharding.sequence.reason or 'tp must divide the tokens'}"
     return f"{PRODUCT} = {request.gpus} and {BATCH} = {request.global_batch}"
