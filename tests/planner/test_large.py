@@ -53,7 +53,7 @@ def test_the_second_engine_is_brute_force_on_small_problems() -> None:
     assert infeasible >= 12
 
 
-@pytest.mark.parametrize("seed", [13, 18])
+@pytest.mark.parametrize("seed", [18, 19])
 def test_two_exact_engines_agree_on_a_large_problem(seed: int) -> None:
     """benchmarks/exactness.py has thirty of these."""
     problem = large_problem(seed)

@@ -105,7 +105,7 @@ def test_no_mesh_has_a_better_plan(subject: Subject) -> None:
 
 
 def test_more_memory_is_never_worse(subject: Subject) -> None:
-    steps = [best_s(solved_for(subject, limit)) for limit in (100, 120, 150, 300)]
+    steps = [best_s(solved_for(subject, limit)) for limit in (100, 150, 300)]
     assert all(tight >= loose for tight, loose in pairwise(steps))
     assert steps[0] > steps[-1]
 
@@ -123,7 +123,7 @@ def with_links(factor: float) -> dict[str, Any]:
 
 def test_more_bandwidth_is_never_worse(subject: Subject, tmp_path: Path) -> None:
     steps = []
-    for factor in (0.02, 0.2, 1.0, 4.0):
+    for factor in (0.02, 0.5, 2.0):
         file = tmp_path / f"{factor}.json"
         file.write_text(json.dumps(with_links(factor)))
         steps.append(best_s(solved_for(replace(subject, profile=bare(load_profile(str(file)))), 150)))
