@@ -36,17 +36,20 @@ LIST = "layouts.json"
 def main() -> None:
     """Plan, run, report, or all three in small."""
     given = arguments()
+    for name in ("folder", "results"):  # planning changes the working directory
+        if getattr(given, name, None) is not None:
+            setattr(given, name, getattr(given, name).resolve())
     if given.command == "report":
         print(report(json.loads(given.results.read_text())))
         return
     if given.command in ("plan", "dry"):
         workloads = DRY if given.command == "dry" else [w for w in WORKLOADS if w.name in given.models]
-        folder = given.folder.resolve()
+        folder = given.folder
         listed = [row for w in workloads for row in write_plans(w, given.gpus, given.hardware, folder, given.deep)]
         (folder / LIST).write_text(json.dumps(listed, indent=1))
     if given.command in ("run", "dry"):
         results = given.results or given.folder / "results.json"
-        run_all(given, results.resolve())
+        run_all(given, results)
         print(report(json.loads(results.read_text())))
 
 
@@ -116,7 +119,7 @@ def run_all(given: argparse.Namespace, path: Path) -> None:
         if time.monotonic() - started > given.limit_s:
             print("out of time; call again to go on", flush=True)
             return
-        results["runs"][name] = row = run_one(given, given.folder.resolve() / file)
+        results["runs"][name] = row = run_one(given, given.folder / file)
         results["date"] = time.strftime("%Y-%m-%d", time.gmtime())
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
