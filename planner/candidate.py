@@ -67,20 +67,23 @@ def bound(candidate: Candidate, bound_s: float, limit_s: float) -> Found:
     """lb1 and lb2 of a candidate (given chunks: their own bound), and a greedy plan where they are below `limit_s`."""
     watch = Stopwatch()
     problem = candidate.build()
-    proof, splits = "lb0", []
+    proof = "lb0"
+    splits: list[tuple[int, ...]] = []
+    relaxation = None
     if problem.ends is not None:
         bounds = {"fixed": fixed_bound(problem)}
+        splits.append(problem.ends)
     else:
         relaxation = relaxation_of(problem, limit_s)
         bounds = {"lb1": relaxation.lb1_s, "lb2": relaxation.lb2_s}
     for name, value in bounds.items():
         if value > bound_s:
             bound_s, proof = value, "memory" if value == inf else name
-    if bound_s < limit_s:
-        splits = [problem.ends] if problem.ends is not None else [relaxation.boundaries(s) for s in (0.0, 0.01)]
+    if relaxation is not None and bound_s < limit_s:
+        splits += [relaxation.boundaries(slack) for slack in (0.0, 0.01)]
     watch.lap("bounds")
     best, step_s = None, inf
-    for split in dict.fromkeys(splits):
+    for split in dict.fromkeys(splits) if bound_s < limit_s else ():
         assignment = fill(problem, split)
         if assignment is not None:
             evaluation = evaluate(problem, assignment)

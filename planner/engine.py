@@ -78,6 +78,7 @@ def run_highs(
         gapAbs=1e-7,
         timeLimit=time_limit_s,
         mip_feasibility_tolerance=1e-7,
+        mip_allow_restart=False,  # restarts were seen to call a wrong point optimal (HiGHS 1.15.1), and save no time
     )
     solver.createAndConfigureSolver(model)
     solver.buildSolverModel(model)

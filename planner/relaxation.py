@@ -237,9 +237,8 @@ def fixed_bound(problem: Problem) -> float:
                 names = (*TIMES, "weight_s")
                 values = quickest[id(layer.choices)] = [min(getattr(o, n) for o in layer.choices) for n in names]
             fastest = [a + b for a, b in zip(fastest, values, strict=True)]
-        least.append(StageTimes(*fastest[:-1], send, fastest[-1]))
-        f, v, first, last, tail = fills[c % problem.stages][1][c]
-        fitted.append(StageTimes(f, v, first, last, tail, send))
+        least.append(_times(fastest[:-1], send, fastest[-1]))
+        fitted.append(_times(fills[c % problem.stages][1][c], send))
     if max(fill[0] for fill in fills.values()) == inf:
         return inf
 
@@ -250,6 +249,12 @@ def fixed_bound(problem: Problem) -> float:
     path = play(fitted).critical_path
     step = max(step, path_bound(problem, path))
     return step * (1 - ROUNDING) + problem.step_fixed_s
+
+
+def _times(values: Sequence[float], send_s: float, weight_s: float = 0.0) -> StageTimes:
+    """Seconds of a chunk from its `TIMES`."""
+    forward, backward, first, last, tail = values
+    return StageTimes(forward, backward, first, last, tail, send_s, weight_s)
 
 
 def path_bound(problem: Problem, path: CriticalPath) -> float:
@@ -424,9 +429,9 @@ def least_memory(problem: Problem, chain: Chain) -> tuple[int, int]:
 
 def _tight_stage(needs: Sequence[np.ndarray], least: int) -> int:
     """The fullest stage of the first split that needs no more than `least` (it needs that much)."""
-    reach = [np.ones(1, dtype=bool)]
+    reach: list[np.ndarray] = [np.ones(1, dtype=bool)]
     for need in needs:
-        reach.append((reach[-1][:, None] & (need <= least)).any(0))
+        reach.append(np.any(reach[-1][:, None] & (need <= least), axis=0))
     at, sizes = 0, []
     for s in range(len(needs) - 1, -1, -1):
         column = needs[s][:, at if s < len(needs) - 1 else 0]

@@ -93,14 +93,10 @@ def _bound_batch(
             some = [k for k in those if m[k] == count]
             vectors = in_flight_vectors("interleaved", stages, int(count), virtual)
             needs = [
-                sum(
-                    _chunk_memory(prices, groups, ends, c, places[some], x)
-                    for c, x in zip(range(s, len(ends), stages), vector, strict=True)
-                )
+                _rank_floor(prices, groups, ends, s, stages, max(vectors[s], key=sum), places[some])
                 for s in range(stages)
-                for vector in (max(vectors[s], key=sum),)
             ]
-            floors[members[some]] = np.maximum(floors[members[some]], np.max(needs, axis=0))
+            floors[members[some]] = np.maximum(floors[members[some]], np.maximum.reduce(needs))
 
 
 def _least(prices: GroupPrices, values: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -120,12 +116,21 @@ def _least_memory(prices: GroupPrices, places: np.ndarray, x: np.ndarray | int) 
     return held.astype(np.float64).min(0, initial=inf)
 
 
-def _chunk_memory(
-    prices: dict[int, GroupPrices], groups: Sequence[int], ends: Sequence[int], c: int, places: np.ndarray, x: int
+def _rank_floor(
+    prices: dict[int, GroupPrices],
+    groups: Sequence[int],
+    ends: Sequence[int],
+    s: int,
+    stages: int,
+    vector: Sequence[int],
+    places: np.ndarray,
 ) -> np.ndarray:
-    """The least that the layers of one given chunk keep with x microbatches in flight."""
-    inside = Counter(groups[ends[c - 1] if c else 0 : ends[c]])
-    return sum((n * _least_memory(prices[g], places, x) for g, n in inside.items()), np.zeros(len(places)))
+    """The least that the layers of rank s's given chunks keep with `vector` microbatches in flight."""
+    total = np.zeros(len(places))
+    for c, x in zip(range(s, len(ends), stages), vector, strict=True):
+        for g, n in Counter(groups[ends[c - 1] if c else 0 : ends[c]]).items():
+            total = total + n * _least_memory(prices[g], places, x)
+    return total
 
 
 def _memory_floor(
@@ -143,8 +148,9 @@ def _memory_floor(
     1 / (S + x_s A) with the least static bytes S and saved bytes A of all layers together; then the minimum over s of
     a quotient of two lines in x lies at one of the ends.
     """
-    static = sum(n * _number(prices[g], "static_bytes", places) for g, n in counts.items())
-    saved = sum(n * _number(prices[g], "saved_bytes", places) for g, n in counts.items())
+    zero = np.zeros(len(places))
+    static = sum((n * _number(prices[g], "static_bytes", places) for g, n in counts.items()), zero)
+    saved = sum((n * _number(prices[g], "saved_bytes", places) for g, n in counts.items()), zero)
     weights = np.zeros(len(places))
     for stages, low, high in np.unique(np.stack([pp, least, most], 1), axis=0):
         those = (pp == stages) & (least == low) & (most == high)
