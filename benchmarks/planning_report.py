@@ -118,7 +118,7 @@ def against(baselines: Sequence[dict[str, Any]], name: str, step_s: float) -> st
                 return f"{where}: does not fit"
             ratio = baseline["step_time_s"] / step_s
             return f"{where}: {baseline['step_time_s']:.4g} s, plan {ratio:.2f}x as fast"
-    return "the batch does not allow it"
+    return "none in this space: the batch or the pins leave it out"
 
 
 def peers() -> str:
