@@ -275,6 +275,21 @@ def in_flight_microbatches(schedule: str, stages: int, microbatches: int, virtua
     return tuple(max(v[c // stages] for v in vectors[c % stages]) for c in range(stages * virtual))
 
 
+def _enough(schedule: str, stages: int, microbatches: int) -> int:
+    """As many microbatches as it takes until no rank ever holds more: the schedules but GPipe repeat themselves.
+
+    1F1B is full after pp, ZB-H1 after its turn pp; interleaved orders have a period of one round, and the longest
+    warm-up ends within the third (rounds of pp; uneven rounds are not shortened).
+    """
+    if schedule == "1f1b":
+        return min(microbatches, stages)
+    if schedule == "zb":
+        return min(microbatches, 2 * stages)
+    if schedule == "interleaved" and microbatches % stages == 0:
+        return min(microbatches, 5 * stages)
+    return microbatches
+
+
 @lru_cache(maxsize=1024)
 def in_flight_vectors(
     schedule: str, stages: int, microbatches: int, virtual: int = 1
@@ -286,6 +301,9 @@ def in_flight_vectors(
     >>> in_flight_vectors("1f1b", 2, 8), in_flight_vectors("interleaved", 2, 4, 2)
     ((((2,),), ((1,),)), (((3, 2), (4, 1)), ((2, 1), (3, 0))))
     """
+    enough = _enough(schedule, stages, microbatches)
+    if enough < microbatches:
+        return in_flight_vectors(schedule, stages, enough, virtual)
     ends = "W" if schedule == "zb" else "B"
     found = []
     for row in schedule_order(schedule, stages, microbatches, virtual):

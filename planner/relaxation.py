@@ -25,6 +25,8 @@ from .bounds import ROUNDING, mixture
 from .intervals import Band, Chain, band_of, stage_work
 from .problem import Choice, Problem
 
+# Longer schedules are not simulated for a bound.
+MOST_EVENTS = 40_000
 TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s")
 
 
@@ -245,10 +247,22 @@ def fixed_bound(problem: Problem) -> float:
     def play(times: Sequence[StageTimes]) -> Timeline:
         return simulate(problem.schedule, times, problem.microbatches, virtual=problem.virtual)
 
-    step = play(least).step_time_s
-    path = play(fitted).critical_path
-    step = max(step, path_bound(problem, path))
+    if 2 * problem.chunks * problem.microbatches > MOST_EVENTS:
+        step = path_bound(problem, _longest_rank_path(problem, fitted))
+    else:
+        step = max(play(least).step_time_s, path_bound(problem, play(fitted).critical_path))
     return step * (1 - ROUNDING) + problem.step_fixed_s
+
+
+def _longest_rank_path(problem: Problem, chunks: Sequence[StageTimes]) -> CriticalPath:
+    """The longest of the paths R(s) (see `bounds`) under these times."""
+    pp, m, n = problem.stages, problem.microbatches, problem.chunks
+    work = [t.forward_s + t.backward_s for t in chunks]
+    s = max(range(pp), key=lambda s: sum(work[:s]) + m * sum(work[s::pp]))
+    counts = [m if c % pp == s else int(c < s) for c in range(n)]
+    once = [int(count > 0) for count in counts]
+    nothing = (0,) * n
+    return CriticalPath(tuple(counts), tuple(counts), tuple(once), tuple(once), nothing, nothing)
 
 
 def _times(values: Sequence[float], send_s: float, weight_s: float = 0.0) -> StageTimes:

@@ -11,6 +11,7 @@ from tpplan.costmodels.schedules import (
     SCHEDULES,
     StageTimes,
     in_flight_microbatches,
+    in_flight_vectors,
     schedule_order,
     simulate,
 )
@@ -177,3 +178,30 @@ def test_order_matches_torchs_own(name: str, schedule: str) -> None:
 def test_nonsense_is_refused(arguments: tuple[str, int, int]) -> None:
     with pytest.raises(ValueError):
         schedule_order(*arguments)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_more_microbatches_than_enough_hold_no_more(schedule: str) -> None:
+    """The short cut of `in_flight_vectors` against the whole order, counted here."""
+    for pp, m, v in (
+        (1, 9, 1),
+        (2, 16, 2),
+        (2, 24, 4),
+        (3, 21, 3),
+        (4, 28, 2),
+        (4, 40, 1),
+        (5, 35, 5),
+        (2, 17, 2),
+        (4, 26, 2),
+    ):
+        v = v if schedule == "interleaved" else 1
+        if schedule == "interleaved" and m % max(1, m // pp):
+            continue
+        ends = "W" if schedule == "zb" else "B"
+        for rank, row in enumerate(schedule_order(schedule, pp, m, v)):
+            held, seen = [0] * v, set()
+            for kind, _, c in row:
+                held[c // pp] += {"F": 1, ends: -1}.get(kind, 0)
+                seen.add(tuple(held))
+            top = {a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b, strict=True)) for b in seen)}
+            assert set(in_flight_vectors(schedule, pp, m, v)[rank]) == top
