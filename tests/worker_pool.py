@@ -14,6 +14,7 @@ a process group of its own, calls ``function(rank, world, **kwargs)`` and sends 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pickle
@@ -32,6 +33,10 @@ from typing import Any
 
 class WorkerError(AssertionError):
     """A task raised on some rank; the message is that rank's traceback."""
+
+
+# gloo threads of process groups that torch never lets go wake up all the time: hundreds of them slow every test.
+MOST_THREADS = 160
 
 
 class WorkerPool:
@@ -65,7 +70,10 @@ class WorkerPool:
             return self._collect(world, timeout_s)
 
     def _start(self, world: int) -> None:
-        """Start the workers that ranks 0 to world - 1 lack."""
+        """Start the workers that ranks 0 to world - 1 lack, and anew those that have gathered too many threads."""
+        for rank, (process, _) in list(self._workers.items()):
+            if _threads(process.pid) > MOST_THREADS:
+                self._stop(rank)
         alive = {rank for rank, (process, _) in self._workers.items() if process.poll() is None}
         missing = sorted(set(range(world)) - alive)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -115,6 +123,14 @@ class WorkerPool:
         self._listener.close()
 
 
+def _threads(pid: int) -> int:
+    """Threads of a process; 0 where the system does not tell."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
 def _load(path: str, loaded: dict[str, ModuleType]) -> ModuleType:
     if path not in loaded:
         name = f"_pool_{len(loaded)}_{Path(path).stem}"
@@ -148,6 +164,8 @@ def _task(message: tuple[Any, ...], loaded: dict[str, ModuleType]) -> tuple[str,
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
         _forget_meshes()
+        # Models and their meshes lie in cycles; a group that lives on keeps threads that wake up all the time.
+        gc.collect()
 
 
 def _forget_meshes() -> None:
