@@ -117,7 +117,9 @@ def variants_of(model: CostModel, position: int, flags: Flags) -> tuple[Variant,
     """The ways in which the pins let the unit at `position` run."""
     facts, pins, fqn = model.facts[position], model.request.pins, model.graph.units[position].fqn
     owns = facts.own_group and flags.sharded
-    free = flags.tp > 1 and not flags.sequence and model.may_replicate(position)
+    # A pinned tp means that layers are cut by it, unless a layer's own pin lets it be.
+    asked = pins.fixed("tp") is None or any(p.names(fqn) and p.axis == "sharding" for p in pins.layers())
+    free = flags.tp > 1 and not flags.sequence and asked and model.may_replicate(position)
     found = []
     for sharding in ("tp", "replicate") if free else ("tp",):
         if free and not pins.allows_layer(fqn, sharding=sharding):

@@ -119,6 +119,8 @@ def stub_unit(model: nn.Module, fqn: str, outputs: UnitOutputs, border: Border, 
 
         def make(index: int, leaf: Leaf) -> torch.Tensor:
             received = border.received.get((fqn, call, index))
+            if received is None and leaf.first is not None:
+                received = border.received.get(leaf.first)  # handed on, as a position bias from layer to layer
             if received is not None:
                 return received.clone() if leaf.written else received  # a leaf of autograd cannot be changed
             if leaf.written:

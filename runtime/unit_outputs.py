@@ -30,13 +30,15 @@ from .compat import FakeTensorMode, TreeSpec, tree_flatten, tree_map_only, tree_
 class Leaf:
     """One tensor that a unit returns: shape, dtype, whether gradients flow through it.
 
-    `written`: code behind the unit changes it in place.
+    `written`: code behind the unit changes it in place. `first`: the (FQN, call, leaf) that returned this very tensor
+    first, where this unit only hands it on.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
     written: bool = False
+    first: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,12 @@ class _Watch:
     @property
     def outputs(self) -> UnitOutputs:
         """What was noted, once the forward is through."""
-        return {key: describe(*returned) for key, returned in self._returned.items()}
+        first: dict[int, tuple[str, int, int]] = {}
+        for (fqn, call), (output, _) in self._returned.items():
+            for index, leaf in enumerate(tree_flatten(output)[0]):
+                if isinstance(leaf, torch.Tensor):
+                    first.setdefault(id(leaf), (fqn, call, index))
+        return {key: describe(*returned, first) for key, returned in self._returned.items()}
 
     @property
     def is_complete(self) -> bool:
@@ -193,15 +200,19 @@ def _run_with_values(
             table.update(before)
 
 
-def describe(output: Any, versions: Sequence[int]) -> UnitOutput:
-    """The structure of `output` with its tensors replaced by descriptions; `versions` they had as it was returned."""
+def describe(output: Any, versions: Sequence[int], first: Mapping[int, tuple[str, int, int]]) -> UnitOutput:
+    """The structure of `output` with its tensors replaced by descriptions.
+
+    `versions` they had as it was returned; `first` who returned each tensor first, by its identity.
+    """
     leaves, structure = tree_flatten(output)
     before = iter(versions)
 
     def described(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return Leaf(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, leaf._version != next(before))
+        written = leaf._version != next(before)
+        return Leaf(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, written, first[id(leaf)])
 
     return UnitOutput(structure, tuple(map(described, leaves)))
 
