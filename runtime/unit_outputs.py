@@ -122,7 +122,7 @@ class _Watch:
             for index, leaf in enumerate(tree_flatten(output)[0]):
                 if isinstance(leaf, torch.Tensor):
                     first.setdefault(id(leaf), (fqn, call, index))
-        return {key: describe(*returned, first) for key, returned in self._returned.items()}
+        return {key: describe(*returned, key, first) for key, returned in self._returned.items()}
 
     @property
     def is_complete(self) -> bool:
@@ -200,8 +200,10 @@ def _run_with_values(
             table.update(before)
 
 
-def describe(output: Any, versions: Sequence[int], first: Mapping[int, tuple[str, int, int]]) -> UnitOutput:
-    """The structure of `output` with its tensors replaced by descriptions.
+def describe(
+    output: Any, versions: Sequence[int], key: tuple[str, int], first: Mapping[int, tuple[str, int, int]]
+) -> UnitOutput:
+    """The structure of the `output` of a call (`key`) with its tensors replaced by descriptions.
 
     `versions` they had as it was returned; `first` who returned each tensor first, by its identity.
     """
@@ -211,8 +213,9 @@ def describe(output: Any, versions: Sequence[int], first: Mapping[int, tuple[str
     def described(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        written = leaf._version != next(before)
-        return Leaf(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, written, first[id(leaf)])
+        written, source = leaf._version != next(before), first[id(leaf)]
+        handed_on = source if source[:2] != key else None
+        return Leaf(tuple(leaf.shape), leaf.dtype, leaf.requires_grad, written, handed_on)
 
     return UnitOutput(structure, tuple(map(described, leaves)))
 
