@@ -30,10 +30,11 @@ from instances import Known, known, near_tie
 from large_oracle import large_given, large_problem, optimum, optimum_given
 from tpplan.costmodels.schedules import SCHEDULES
 from tpplan.planner.bounds import lb0, memory_floor
+from tpplan.planner.chunk_bounds import fixed_bound
 from tpplan.planner.evaluate import evaluate
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Problem, Solution
-from tpplan.planner.relaxation import Relaxation, fixed_bound, least_memory, relax
+from tpplan.planner.relaxation import Relaxation, least_memory, relax
 from tpplan.planner.solve import solve
 
 RESULTS = Path(__file__).parent / "results" / "exactness.json"

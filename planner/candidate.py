@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from math import inf
 
 from .bounds import ROUNDING
+from .chunk_bounds import fixed_bound, path_bound
 from .evaluate import evaluate
 from .greedy import fill
 from .intervals import chain_arrays
 from .problem import Assignment, Problem
-from .relaxation import Relaxation, fixed_bound, path_bound, relax
+from .relaxation import Relaxation, relax
 from .solve import solve
 
 

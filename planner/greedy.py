@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..costmodels.schedules import in_flight_vectors
+from .front import convex_front, slope
 from .problem import Assignment, Choice, Layer, Problem
 
 
@@ -118,17 +119,5 @@ def _fit(groups: list[_Group], room: int, microbatches: int) -> bool:
 def _front(group: _Group, g: int, microbatches: int) -> list[tuple[float, int, int, int]]:
     """Steps (seconds per byte, group, slower choice, faster choice) along the lower convex front."""
     choices = group.layer.choices
-    points = sorted((_seconds(choice, microbatches), group.size(o), o) for o, choice in enumerate(choices))
-    front = [points[0]]
-    for point in points[1:]:
-        if point[1] >= front[-1][1]:
-            continue
-        while len(front) > 1 and _slope(front[-2], front[-1]) >= _slope(front[-1], point):
-            front.pop()
-        front.append(point)
-    return [(_slope(a, b), g, b[2], a[2]) for a, b in pairwise(front)]
-
-
-def _slope(a: tuple[float, int, int], b: tuple[float, int, int]) -> float:
-    """Seconds paid per byte saved from a to b."""
-    return (b[0] - a[0]) / (a[1] - b[1])
+    front = convex_front([(_seconds(choice, microbatches), group.size(o), o) for o, choice in enumerate(choices)])
+    return [(slope(a, b), g, b[2], a[2]) for a, b in pairwise(front)]

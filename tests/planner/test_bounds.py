@@ -10,9 +10,10 @@ import pytest
 from instances import Known, known
 from tpplan.costmodels.schedules import StageTimes, simulate
 from tpplan.planner.bounds import lb0, longest_rank, memory_floor, mixture
+from tpplan.planner.chunk_bounds import fixed_bound
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Choice, Layer, Problem
-from tpplan.planner.relaxation import fixed_bound, least_memory, relax
+from tpplan.planner.relaxation import least_memory, relax
 
 OPEN = ("1f1b", "gpipe", "zb")
 """Schedules whose boundaries are open; interleaved chunks are given."""

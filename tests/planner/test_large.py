@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from instances import known, random_limit, random_problem, with_kinds
 from large_oracle import large_given, large_problem, optimum, optimum_given
 from tpplan.costmodels.schedules import SCHEDULES
+from tpplan.planner.chunk_bounds import fixed_bound
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Choice, Layer, Problem
-from tpplan.planner.relaxation import fixed_bound, relax
+from tpplan.planner.relaxation import relax
 from tpplan.planner.runs import fold
 from tpplan.planner.solve import solve
 

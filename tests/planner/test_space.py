@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from tpplan.hardware_profiles.catalog import Profile, load_profile
 from tpplan.planner.bounds import lb0, memory_floor
+from tpplan.planner.chunk_bounds import fixed_bound
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.pins import parse_pins
 from tpplan.planner.planning import SearchOptions, Solved, Subject, prepare, solve_for
 from tpplan.planner.problem import Problem
-from tpplan.planner.relaxation import fixed_bound, least_memory, relax
+from tpplan.planner.relaxation import least_memory, relax
 from tpplan.planner.request import Request
 from tpplan.planner.solve import solve
 from tpplan.planner.space_bounds import space_bounds
