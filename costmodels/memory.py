@@ -7,6 +7,9 @@ over dp_shard; compute copies in `compute_bytes`; reductions in `reduce_bytes`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 MASTER_BYTES = 4  # float32 parameters, gradients and each Adam moment
 
@@ -31,14 +34,14 @@ class UnitParameters:
 class DataParallel:
     """How a unit's parameters live on the data-parallel ranks.
 
-    dp_shard, dp_replicate : degrees
+    dp_shard, dp_replicate : degrees (dp_shard of one layout, or an array of layouts: bytes are arrays then too)
     reshard_after_forward : True = ZeRO-3 (gathered again for backward), False = ZeRO-2
     sync_every : gradients reduced after each microbatch (True) or after the last one only
     compute_bytes, reduce_bytes : bytes of one element in compute and in the gradient reduction
     optimizer_states : float32 states per trainable element (AdamW 2, SGD 0)
     """
 
-    dp_shard: int
+    dp_shard: Any
     dp_replicate: int
     reshard_after_forward: bool
     sync_every: bool
@@ -47,8 +50,8 @@ class DataParallel:
     optimizer_states: int = 2
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up.
+def ceil_div(a: int, b: Any) -> Any:
+    """a / b rounded up; b may be an array.
 
     >>> ceil_div(7, 4)
     2
@@ -56,7 +59,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def sharded_state_bytes(p: UnitParameters, dp: DataParallel) -> int:
+def sharded_state_bytes(p: UnitParameters, dp: DataParallel) -> Any:
     """Parameters, gradients and optimizer state of one rank:
 
         4 (total + trainable (1 + states)) / dp_shard
@@ -95,7 +98,7 @@ def gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:
     return dp.compute_bytes * p.total if dp.reshard_after_forward else 0
 
 
-def reduction_bytes(p: UnitParameters, dp: DataParallel) -> int:
+def reduction_bytes(p: UnitParameters, dp: DataParallel) -> Any:
     """Buffers of one unit's gradient reduction: reduce_bytes x trainable (1 + 1/dp_shard), input and output.
 
     >>> reduction_bytes(UnitParameters(1000), DataParallel(4, 1, True, True, 2))
@@ -105,8 +108,8 @@ def reduction_bytes(p: UnitParameters, dp: DataParallel) -> int:
 
 
 def backward_transient_bytes(
-    workspace: int, own: UnitParameters, before: UnitParameters, after: UnitParameters, dp: DataParallel
-) -> int:
+    workspace: Any, own: UnitParameters, before: UnitParameters, after: UnitParameters, dp: DataParallel
+) -> Any:
     """Peak above what stays and what is saved, while one unit runs backward under fully_shard:
 
         gathered(own) + gathered(before)        the unit's weights, and the next ones prefetched (backward order)
@@ -114,12 +117,12 @@ def backward_transient_bytes(
         + max(workspace + reduction(after), reduction(own))
 
     `before` and `after` are its neighbours in forward order. The reduction of `after` is still in flight when
-    this unit starts; its own starts when its workspace is free again.
+    this unit starts; its own starts when its workspace is free again. `workspace` may be an array of layouts.
 
     >>> p = UnitParameters(1000)
-    >>> backward_transient_bytes(300, p, p, p, DataParallel(4, 1, True, True, 2))
+    >>> int(backward_transient_bytes(300, p, p, p, DataParallel(4, 1, True, True, 2)))
     11300
     """
     gradients = dp.compute_bytes * own.trainable
-    buffers = max(workspace + reduction_bytes(after, dp), reduction_bytes(own, dp))
+    buffers = np.maximum(workspace + reduction_bytes(after, dp), reduction_bytes(own, dp))
     return gathered_bytes(own, dp) + gathered_bytes(before, dp) + gradients + buffers

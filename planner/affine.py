@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from ..errors import ModelError
@@ -57,6 +58,8 @@ def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> 
     NotAffine
         If a point is off the curve and `exact`.
     """
+    if (whole := _whole_line(batches, values)) is not None:
+        return whole
     curves = [_line(batches, values)]
     if exact and len(batches) > 3:
         curves.append(_parabola(batches, values))
@@ -67,6 +70,17 @@ def fit(batches: Sequence[int], values: Sequence[float], exact: bool = True) -> 
         shown = ", ".join(f"{value:g}" for value in values)
         raise NotAffine(f"{shown} at microbatch sizes {', '.join(map(str, batches))}")
     return Affine(0, _whole(values[-1] / batches[-1]))
+
+
+def _whole_line(batches: Sequence[int], values: Sequence[float]) -> Affine | None:
+    """The line of whole slope through whole numbers, which nearly all figures are; None for any others."""
+    if any(type(value) is not int for value in values):
+        return None
+    slope, rest = divmod(values[1] - values[0], batches[1] - batches[0])
+    base = values[0] - slope * batches[0]
+    if rest or any(base + slope * b != value for b, value in zip(batches, values, strict=True)):
+        return None
+    return Affine(base, slope)
 
 
 def _line(batches: Sequence[int], values: Sequence[float]) -> Affine:
@@ -85,6 +99,12 @@ def _parabola(batches: Sequence[int], values: Sequence[float]) -> Affine:
     return Affine(*(_number(c) for c in (base, slope, pairs)))
 
 
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    """The fields of a dataclass; () of any other type."""
+    return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Merger:
     """Merges copies of a value that were traced at several batches."""
@@ -101,14 +121,11 @@ class _Merger:
             if any(v != first for v in values):
                 raise NotAffine("it reads other tensors")
             return first
-        if is_dataclass(first) and not isinstance(first, type):
+        if names := _field_names(type(first)):
             if len({type(v) for v in values}) > 1:
                 raise OtherOperators("its arguments change their kind")
-            inside = {
-                f.name: self.merge([getattr(v, f.name) for v in values], argument or f.name == "args")
-                for f in fields(first)
-            }
-            return replace(first, **inside)
+            inside = (self.merge([getattr(v, name) for v in values], argument or name == "args") for name in names)
+            return type(first)(*inside)
         if isinstance(first, tuple):
             if len({len(v) for v in values}) > 1:
                 raise OtherOperators("its arguments change their number")

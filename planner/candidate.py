@@ -9,12 +9,13 @@ from math import inf
 
 from .bounds import ROUNDING
 from .chunk_bounds import fixed_bound, path_bound
+from .decomposition import TURNS, decompose
 from .evaluate import evaluate
 from .greedy import fill
 from .intervals import chain_arrays
 from .problem import Assignment, Problem
 from .relaxation import Relaxation, relax
-from .solve import solve
+from .solve import seed_paths, solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def bound(candidate: Candidate, bound_s: float, limit_s: float) -> Found:
     splits: list[tuple[int, ...]] = []
     relaxation = None
     if problem.ends is not None:
-        bounds = {"fixed": fixed_bound(problem)}
+        bounds = {"fixed": fixed_bound(problem, limit_s)}
         splits.append(problem.ends)
     else:
         relaxation = relaxation_of(problem, limit_s)
@@ -98,12 +99,24 @@ def bound(candidate: Candidate, bound_s: float, limit_s: float) -> Found:
 
 
 def solve_exactly(
-    candidate: Candidate, bound_s: float, limit_s: float, gap: float, time_limit_s: float | None
+    candidate: Candidate,
+    bound_s: float,
+    limit_s: float,
+    gap: float,
+    time_limit_s: float | None,
+    *,
+    cutoff_gap: float | None = None,
+    quickly: bool = False,
 ) -> Found:
-    """The integer programme of a candidate below limit_s (1 - gap), within the windows that the bounds leave open."""
+    """A candidate below limit_s (1 - cutoff_gap), to the gap: given chunks by decomposition, then the programme.
+
+    The programme looks within the windows that the bounds leave open. `quickly` leaves given chunks at what a
+    short decomposition finds; the gap may stay open then.
+    """
     watch = Stopwatch()
     problem = candidate.build()
-    target_s = limit_s * (1 - gap)
+    cut = gap if cutoff_gap is None else cutoff_gap
+    target_s = limit_s * (1 - cut)
     windows = None
     if problem.ends is None:
         windows = relaxation_of(problem, limit_s).windows(target_s)
@@ -111,13 +124,38 @@ def solve_exactly(
             watch.lap("bounds")
             return Found("lb2", max(bound_s, target_s), True, seconds=watch.seconds)
     watch.lap("bounds")
-    solution = solve(problem, limit_s, gap, time_limit_s, windows=windows)
+    given = None
+    if problem.ends is not None:
+        start = fill(problem, problem.ends)
+        turns = TURNS[:1] if quickly else TURNS
+        paths = seed_paths(problem)
+        given = decompose(problem, limit_s, gap, paths=paths, start=start, time_limit_s=time_limit_s, turns=turns)
+        watch.lap("ilps")
+        bound_s = max(bound_s, given.lower_bound_s)
+        limit_s = min(limit_s, given.step_s)
+        if quickly or bound_s >= limit_s * (1 - gap):
+            proof = "memory" if bound_s == inf else "exact"
+            return Found(proof, bound_s, True, given.step_s, given.assignment, watch.seconds, 1)
+        time_limit_s = None if time_limit_s is None else max(0.0, time_limit_s - watch.seconds["ilps"])
+    solution = solve(
+        problem,
+        limit_s,
+        gap,
+        time_limit_s,
+        windows=windows,
+        lower_bound_s=given.lower_bound_s if given else 0.0,
+        paths=given.paths if given else (),
+        cutoff_gap=cut,
+    )
     watch.lap("ilps")
     if solution.status == "infeasible":
         return Found("memory", inf, True, seconds=watch.seconds, solves=1)
     bound_s = max(bound_s, solution.lower_bound_s)
     proof = "limit" if solution.status == "feasible" else "exact"
-    return Found(proof, bound_s, True, solution.objective_s, solution.assignment, watch.seconds, 1)
+    step_s, assignment = solution.objective_s, solution.assignment
+    if assignment is None and given is not None:
+        step_s, assignment = given.step_s, given.assignment
+    return Found(proof, bound_s, True, step_s, assignment, watch.seconds, 1)
 
 
 def relaxation_of(problem: Problem, limit_s: float) -> Relaxation:

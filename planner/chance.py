@@ -70,24 +70,26 @@ class Chance:
 
     def reset(self) -> None:
         """Make the next draws of `random` and of numpy's global generator extreme; called at each module call."""
-        if random.getstate()[1][-1] not in (0, _WORDS) or (self._numpy_used()):
+        numpy = sys.modules.get("numpy")
+        used = random.getstate()[1][-1], numpy.random.get_state(legacy=False)["state"]["pos"] if numpy else 0
+        if any(words not in (0, _WORDS) for words in used):
             self.places[PYTHON] = None
+        if used != (0, 0):
+            self._restart()
+
+    def _restart(self) -> None:
+        """Both generators at the extreme words."""
         random.setstate((3, (*self._state, 0), None))
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             numpy.random.set_state(("MT19937", list(self._state), 0, 0, 0.0))
-
-    def _numpy_used(self) -> bool:
-        numpy = sys.modules.get("numpy")
-        return numpy is not None and numpy.random.get_state(legacy=False)["state"]["pos"] not in (0, _WORDS)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Python's and numpy's draws are extreme inside, their states untouched after."""
         numpy = sys.modules.get("numpy")
         before = random.getstate(), numpy.random.get_state() if numpy is not None else None
-        self.reset()
-        self.places.clear()
+        self._restart()
         try:
             yield
         finally:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..costmodels.collectives import collective_s
 from ..costmodels.memory import UnitParameters, ceil_div
 from ..hardware_profiles.catalog import Profile
 from ..units import DTYPE_BYTES
@@ -36,14 +35,16 @@ from .pricing import (
 from .problem import Choice, Layer, Problem
 from .request import Request
 from .sharding import ClassSharding, Sharding
-from .unit_costs import KernelClock, UnitMemory, UnitTimes, unit_memory, unit_times
+from .unit_costs import KernelClock, LinkClock, UnitMemory, UnitTimes, unit_memory, unit_times
 from .unit_facts import unit_facts
+from .unit_launches import Launches, unit_launches
 
 
 @dataclass(slots=True)
 class _Batch:
     """Prices of all groups at the points asked for so far, with equal flags."""
 
+    flags: Flags
     places: dict[Point, int]
     groups: dict[int, GroupPrices]
     choices: dict[tuple[int, int], tuple[Choice, ...]] = field(default_factory=dict)
@@ -74,8 +75,10 @@ class CostModel:
         self.links = profile.links.with_node_size(request.gpus_per_node).within(request.gpus)
         self.compiled = self.device.kind == "cuda" if compiled is None else compiled
         self.clocks = {piped: self._clock(piped) for piped in (False, True)}
+        self.link_clock = LinkClock(self.links)
         self.facts = unit_facts(graph)
         self._far = max((level.size for level in self.links.levels if level.size is not None), default=1)
+        self._launches: dict[tuple[int, bool, bool], Launches] = {}
         self._times: dict[tuple[object, ...], UnitTimes] = {}
         self._memory: dict[tuple[object, ...], UnitMemory] = {}
         self._parameters: dict[tuple[int, int, bool], UnitParameters] = {}
@@ -86,6 +89,7 @@ class CostModel:
         self._groups: dict[tuple[int, bool], list[int]] = {}
         self._wires: dict[tuple[int, int], list[int]] = {}
         self._batches: dict[Flags, list[_Batch]] = {}
+        self._places: dict[Mesh, tuple[_Batch, int]] = {}
         self._ends: dict[tuple[int, int], tuple[int, ...] | None] = {}
         self._limits: dict[int, int] = {}
 
@@ -104,10 +108,17 @@ class CostModel:
         fused = self.facts[position].may_recompute  # the units that the runtime compiles
         key = (unit.class_index, tp, b, piped, sequence and tp > 1, fused)
         if key not in self._times:
-            cls = self.graph.classes[unit.class_index]
-            sharding = self.class_sharding(position, sequence)
-            self._times[key] = unit_times(cls, sharding, tp, b, self.clocks[piped], fused)
+            launches = self._unit_launches(position, tp > 1, sequence and tp > 1)
+            self._times[key] = unit_times(launches, tp, b, self.clocks[piped], fused)
         return self._times[key]
+
+    def _unit_launches(self, position: int, divided: bool, sequence: bool) -> Launches:
+        """What the unit at `position` launches, cut by tensor parallelism or whole."""
+        key = (self.graph.units[position].class_index, divided, sequence)
+        if key not in self._launches:
+            sharding = self.class_sharding(position, sequence) if divided else None
+            self._launches[key] = unit_launches(self.graph.classes[key[0]], sharding)
+        return self._launches[key]
 
     def memory(self, position: int, tp: int, b: int, sequence: bool = False) -> UnitMemory:
         """Bytes kept by the unit at `position` (see `UnitMemory`)."""
@@ -227,26 +238,29 @@ class CostModel:
 
     def prepare(self, meshes: Iterable[Mesh]) -> None:
         """Price all groups for these meshes at once, where they have no prices yet."""
-        wanted: dict[Flags, dict[Point, None]] = {}
+        wanted: dict[Flags, dict[Point, list[Mesh]]] = {}
         for mesh in meshes:
+            if mesh in self._places:
+                continue
             flags, point = self.flags(mesh), self.point(mesh)
-            if not any(point in batch.places for batch in self._batches.get(flags, ())):
-                wanted.setdefault(flags, {})[point] = None
+            known = next((batch for batch in self._batches.get(flags, ()) if point in batch.places), None)
+            if known is not None:
+                self._places[mesh] = known, known.places[point]
+            else:
+                wanted.setdefault(flags, {}).setdefault(point, []).append(mesh)
         for flags, new in wanted.items():
             points = Points.of(list(new))
             heads = sorted(set(self.groups(flags.tp, flags.piped)))
             prices = {head: price_group(self, head, flags, points) for head in heads}
-            self._batches.setdefault(flags, []).append(_Batch({p: i for i, p in enumerate(new)}, prices))
+            batch = _Batch(flags, {p: i for i, p in enumerate(new)}, prices)
+            self._batches.setdefault(flags, []).append(batch)
+            self._places.update({mesh: (batch, i) for i, those in enumerate(new.values()) for mesh in those})
 
     def batch(self, mesh: Mesh) -> tuple[_Batch, int]:
         """The prices that hold for a mesh, and its place among them."""
-        flags, point = self.flags(mesh), self.point(mesh)
-        for batch in self._batches.get(flags, ()):
-            if point in batch.places:
-                return batch, batch.places[point]
-        self.prepare([mesh])
-        batch = self._batches[flags][-1]
-        return batch, batch.places[point]
+        if mesh not in self._places:
+            self.prepare([mesh])
+        return self._places[mesh]
 
     def layer(self, position: int, mesh: Mesh) -> tuple[Choice, ...]:
         """Choices of the unit at `position` under `mesh`."""
@@ -289,7 +303,7 @@ class CostModel:
             cut = self.facts[position].cut_after and mesh.pp > 1
             key = (group, cut, wires[position] if cut else 0)
             if key not in equal:
-                send = collective_s("send_recv", key[2], mesh.pp, stride, self.links) if cut else 0.0
+                send = self.link_clock.seconds("send_recv", key[2], mesh.pp, stride) if cut else 0.0
                 choices = self.layer(position, mesh)
                 equal[key] = Layer(kind=len(equal), choices=choices, cut_after=cut, send_s=send, cut_bytes=key[2])
             layers.append(equal[key])
@@ -327,7 +341,7 @@ class CostModel:
 
     def step_fixed_s(self, mesh: Mesh) -> float:
         """Once a step: the all-reduce of the gradient norm over all ranks."""
-        return collective_s("all_reduce", 4, mesh.world_size, 1, self.links)
+        return self.link_clock.seconds("all_reduce", 4, mesh.world_size, 1)
 
     def wires(self, mesh: Mesh) -> list[int]:
         """`wire_bytes` of every position."""

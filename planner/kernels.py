@@ -60,9 +60,19 @@ _NOT_READ: Mapping[str, tuple[int, ...]] = {
 _GATHERS = {"index", "gather", "index_select", "embedding", "nll_loss_forward", "nll_loss2d_forward", "take"}
 
 
+_NONE = Affine()  # of FLOPs or bytes
+
+# Shapes of other libraries' operators may follow from more than their arguments.
+_KNOWN_SHAPES = {"aten", "tpplan"}
+_BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
+
+
 @dataclass(frozen=True, slots=True)
 class OpInfo:
-    """What the schema of one overload says, read once."""
+    """What the schema of one overload says, read once.
+
+    `makes_new`: its results are new tensors, of shapes that follow from those of its arguments.
+    """
 
     name: str
     base: str
@@ -70,6 +80,7 @@ class OpInfo:
     is_view: bool
     written: tuple[int, ...]
     packet: Any
+    makes_new: bool
 
 
 def op_info(func: Any) -> OpInfo:
@@ -78,7 +89,8 @@ def op_info(func: Any) -> OpInfo:
     written = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     namespace, _, base = schema.name.partition("::")
-    return OpInfo(str(func), base, namespace, views and not written, written, func._overloadpacket)
+    makes_new = namespace in _KNOWN_SHAPES and not (views or written or _BY_DATA & set(func.tags))
+    return OpInfo(str(func), base, namespace, views and not written, written, func._overloadpacket, makes_new)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -86,7 +98,9 @@ def _bytes(tensor: torch.Tensor) -> int:
     n = tensor.dtype.itemsize
     if tensor.layout is not torch.strided:
         return 0  # only wraps indices and values, which are tensors of their own
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    if 0 not in (strides := tensor.stride()):
+        return n * tensor.numel()
+    for size, stride in zip(tensor.shape, strides, strict=True):
         if stride != 0 or size == 0:
             n *= size
     return n
@@ -251,6 +265,8 @@ def price(
     unknown : str
         Why the call has no cost formula ("" if it has one).
     """
+    if info.is_view and isinstance(result, torch.Tensor):  # half of all calls
+        return [Kernel(info.name, "free", _NONE, _NONE, (), _dtype(result), wrt)], ""
     leaves = list(result) if isinstance(result, (list, tuple)) else [result]
     flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, list) else [leaf])]
     outputs = [t for t in flat if isinstance(t, torch.Tensor)]
@@ -258,7 +274,7 @@ def price(
     first = outputs[0] if outputs else tensors[0] if tensors else None
     dtype = _dtype(first) if first is not None else "float32"
     if info.is_view or info.base in _FREE:
-        return [Kernel(info.name, "free", Affine(), Affine(), (), dtype, wrt)], ""
+        return [Kernel(info.name, "free", _NONE, _NONE, (), dtype, wrt)], ""
     moved = least_bytes(info, [*args, *kwargs.values()], outputs)
 
     def make(kind: str, flops: float, dims: Sequence[float] = (), of: torch.dtype | None = None) -> Kernel:

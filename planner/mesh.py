@@ -46,6 +46,11 @@ class Mesh:
     layout: int = 0
 
     @property
+    def key(self) -> tuple:
+        """The fields in their order: `Mesh(*key)` is this mesh again."""
+        return tuple(getattr(self, name) for name in Mesh.__slots__)
+
+    @property
     def dp(self) -> int:
         """Replicas that see different samples."""
         return self.dp_replicate * self.dp_shard

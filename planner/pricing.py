@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..costmodels.collectives import collective_s
 from ..costmodels.compute import clip_s, kernel_s, optimizer_s
 from ..costmodels.fully_shard import Traffic
 from ..costmodels.memory import (
@@ -83,7 +82,7 @@ class Points:
     """n points as columns, with the distinct rows of some of their columns."""
 
     columns: np.ndarray
-    distinct: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    distinct: dict[tuple[int, ...], tuple[list[list[int]], np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> Points:
@@ -95,9 +94,9 @@ class Points:
         at = tuple(Point._fields.index(name) for name in names)
         if at not in self.distinct:
             rows, inverse = np.unique(self.columns[:, at], axis=0, return_inverse=True)
-            self.distinct[at] = (rows, inverse.reshape(-1))
+            self.distinct[at] = (rows.tolist(), inverse.reshape(-1))
         rows, inverse = self.distinct[at]
-        return np.array([price(*map(int, row)) for row in rows], dtype=dtype)[inverse]
+        return np.array([price(*row) for row in rows], dtype=dtype)[inverse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +144,10 @@ def price_group(
     n = len(points.columns)
 
     def stack(name: str, dtype: Any) -> np.ndarray:
-        if not rows:
-            return np.empty((0, n), dtype)
-        return np.array([np.broadcast_to(row[name], (n,)) for row in rows], dtype)
+        stacked = np.empty((len(rows), n), dtype)
+        for place, row in enumerate(rows):
+            stacked[place] = row[name]
+        return stacked
 
     return GroupPrices(
         variants,
@@ -162,7 +162,7 @@ class _Unit:
     def __init__(self, model: CostModel, position: int, flags: Flags, points: Points, whole: bool) -> None:
         self.model, self.position, self.flags, self.points = model, position, flags, points
         self.own, self.before, self.after = model.neighbourhood(position, flags.tp, flags.piped, whole)
-        tp = 1 if whole else flags.tp
+        tp, links = 1 if whole else flags.tp, model.link_clock
 
         def times(b: int) -> tuple[float, ...]:
             t = model.times(position, tp, b, flags.piped, flags.sequence)
@@ -173,10 +173,10 @@ class _Unit:
             return m.none, m.selective, m.full, m.workspace
 
         def collectives(b: int, stride: int) -> tuple[float, float]:
-            return unit_collectives_s(model.class_sharding(position, flags.sequence), tp, stride, b, model.links)
+            return unit_collectives_s(model.class_sharding(position, flags.sequence), tp, stride, b, links)
 
         def sums(stride: int) -> float:
-            return gradient_sums_s(model.class_sharding(position, flags.sequence), tp, stride, model.links)
+            return gradient_sums_s(model.class_sharding(position, flags.sequence), tp, stride, links)
 
         size = ["microbatch_size"]
         self.forward, self.backward, self.again_selective, self.again_full, self.weight = points.table(size, times).T
@@ -184,11 +184,11 @@ class _Unit:
         self.tp_forward, self.tp_backward = points.table([*size, "tp_stride"], collectives).T
         self.sums = points.table(["tp_stride"], sums)
         self.optimizer = points.table(["dp_shard"], self._optimizer_s)
-        gradients = points.table(["dp_shard"], lambda shard: 4 * ceil_div(self.own.trainable, shard), np.int64)
-        self.gradients = gradients * (not flags.stays)
+        self.shards = points.columns[:, Point._fields.index("dp_shard")]
+        self.gradients = 4 * ceil_div(self.own.trainable, self.shards) * (not flags.stays)
         self._traffic = self._price_traffic()
 
-    def data_parallel(self, zero_stage: int, dp_shard: int = 1) -> DataParallel:
+    def data_parallel(self, zero_stage: int, dp_shard: Any = 1) -> DataParallel:
         """How the parameters live on the data-parallel ranks (the degree where a formula reads it)."""
         return data_parallel(self.model.request, zero_stage, self.flags.every, dp_shard)
 
@@ -213,7 +213,7 @@ class _Unit:
             "weight_s": np.minimum(self.weight, b),
             "static_bytes": self._static(variant.zero_stage),
             "saved_bytes": np.maximum(kept, self.gradients),
-            "transient_bytes": np.minimum(kept, self.gradients) + self._transient(variant.zero_stage, mode),
+            "transient_bytes": np.minimum(kept, self.gradients) + self._transient(variant.zero_stage, kept),
             "compute_s": self.forward + self.backward,
             "recompute_s": again,
             "tp_comm_s": self.tp_forward + self.tp_backward + again_tp,
@@ -222,25 +222,15 @@ class _Unit:
             "optimizer_s": self.optimizer,
         }
 
-    def _static(self, zero_stage: int) -> np.ndarray:
-        def total(shard: int) -> int:
-            return sum(
-                static_parts(self.own, self.data_parallel(zero_stage, shard), self.flags.stays).values()
-            ) + self.model.buffer_bytes(self.position)
+    def _static(self, zero_stage: int) -> Any:
+        """Bytes that stay on one rank."""
+        parts = static_parts(self.own, self.data_parallel(zero_stage, self.shards), self.flags.stays)
+        return sum(parts.values()) + self.model.buffer_bytes(self.position)
 
-        return self.points.table(["dp_shard"], total, np.int64)
-
-    def _transient(self, zero_stage: int, mode: str) -> np.ndarray:
-        by_size = dict(zip(self.points.columns[:, 0].tolist(), range(len(self.points.columns)), strict=True))
-        kept = {"none": self.none, "selective": self.selective, "full": self.full}[mode]
-
-        def peak(b: int, shard: int) -> int:
-            i = by_size[b]
-            workspace = int(self.workspace[i] + self.none[i] - kept[i])
-            dp = self.data_parallel(zero_stage, shard)
-            return backward_transient_bytes(workspace, self.own, self.before, self.after, dp)
-
-        return self.points.table(["microbatch_size", "dp_shard"], peak, np.int64)
+    def _transient(self, zero_stage: int, kept: np.ndarray) -> np.ndarray:
+        """Bytes above that and above what is kept, while the unit runs backward."""
+        dp = self.data_parallel(zero_stage, self.shards)
+        return backward_transient_bytes(self.workspace + self.none - kept, self.own, self.before, self.after, dp)
 
     def _optimizer_s(self, shard: int) -> float:
         """The optimizer's step and the gradient norm on this rank's shard."""
@@ -248,17 +238,17 @@ class _Unit:
         return optimizer_s(local, self.model.device) + clip_s(local, self.model.device)
 
     def _price_traffic(self) -> Traffic:
-        links, device, p = self.model.links, self.model.device, self.own
+        links, device, p = self.model.link_clock, self.model.device, self.own
         dp = self.data_parallel(3)
 
         def gather(shard: int, stride: int) -> float:
-            return collective_s("all_gather", dp.compute_bytes * p.total, shard, stride, links)
+            return links.seconds("all_gather", dp.compute_bytes * p.total, shard, stride)
 
         def reduce(shard: int, stride: int) -> float:
-            return collective_s("reduce_scatter", dp.reduce_bytes * p.trainable, shard, stride, links)
+            return links.seconds("reduce_scatter", dp.reduce_bytes * p.trainable, shard, stride)
 
         def replicate(shard: int, replicas: int, stride: int) -> float:
-            return collective_s("all_reduce", dp.reduce_bytes * ceil_div(p.trainable, shard), replicas, stride, links)
+            return links.seconds("all_reduce", dp.reduce_bytes * ceil_div(p.trainable, shard), replicas, stride)
 
         def copy_s(n_bytes: float) -> float:
             if not n_bytes:
@@ -277,7 +267,7 @@ class _Unit:
         )
 
 
-def data_parallel(request: Request, zero_stage: int, every: bool, dp_shard: int, dp_replicate: int = 1) -> DataParallel:
+def data_parallel(request: Request, zero_stage: int, every: bool, dp_shard: Any, dp_replicate: int = 1) -> DataParallel:
     """How parameters live on the data-parallel ranks under a request's precision and optimizer."""
     return DataParallel(
         dp_shard=dp_shard,
@@ -289,7 +279,7 @@ def data_parallel(request: Request, zero_stage: int, every: bool, dp_shard: int,
     )
 
 
-def static_parts(p: UnitParameters, dp: DataParallel, gradients_stay: bool) -> dict[str, int]:
+def static_parts(p: UnitParameters, dp: DataParallel, gradients_stay: bool) -> dict[str, Any]:
     """Bytes of one unit's parameters that stay on one rank, by part (gradients only where they stay)."""
     per_copy = 4 * ceil_div(p.trainable, dp.dp_shard)
     state = sharded_state_bytes(p, dp)

@@ -21,7 +21,8 @@ _POINTWISE = "add sub mul div neg exp log sqrt rsqrt reciprocal pow sigmoid tanh
 _BACKWARD = "sigmoid_backward tanh_backward silu_backward gelu_backward threshold_backward softplus_backward"
 _PRODUCTS = "mm bmm addmm baddbmm"
 _OTHERS = "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data sum mean cat select_backward"
-_OTHERS += " add_ mul_ _unsafe_view clone"
+_OTHERS += " add_ mul_ _unsafe_view clone _to_copy native_group_norm native_group_norm_backward"
+_OTHERS += " native_layer_norm native_layer_norm_backward"
 QUICK = frozenset(" ".join((_VIEWS, _POINTWISE, _BACKWARD, _PRODUCTS, _OTHERS)).split())
 _CPU = torch.device("cpu")
 
@@ -34,10 +35,12 @@ def quick(mode: FakeTensorMode, func: Any, info: OpInfo, args: Sequence[Any], kw
         return FakeTensor(mode, torch.empty(alike[0], dtype=alike[1], device="meta"), _CPU)
     with in_kernel_invocation_manager(mode):
         result = func(*args, **kwargs)
+        if info.base == "native_layer_norm":  # the CPU keeps its statistics in the input's dtype
+            result = [result[0], *(t.to(args[0].dtype) for t in result[1:])]
     if info.written:
         return args[0]
     if isinstance(result, (list, tuple)):
-        return type(result)([FakeTensor(mode, t, _CPU) for t in result])
+        return type(result)([None if t is None else FakeTensor(mode, t, _CPU) for t in result])
     return FakeTensor(mode, result, _CPU)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,11 @@ class Recorder(TorchDispatchMode):
 
     # operators
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would wrap every dispatch so that Dynamo leaves it alone, and nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -86,7 +91,9 @@ class Recorder(TorchDispatchMode):
             info = self._infos[func] = op_info(func)
         if self.paused or info.namespace == "prim":
             return func(*args, **kwargs)
-        inputs = [self.known(t) for t in _tensors((args, kwargs))]
+        inputs = [self.known(t) for t in _operands(args)]
+        if kwargs:
+            inputs += [self.known(t) for t in _operands(kwargs.values())]
         if self.fake is None:
             result = func(*args, **kwargs)
             self.recording.clock += 1
@@ -105,15 +112,16 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _outputs(self, info: OpInfo, args: tuple[Any, ...], inputs: list[int], result: Any) -> list[int]:
-        made_from_inputs = any(self.recording.tensors[i].kind != "constant" for i in inputs)
+        rec = self.recording
+        made_from_inputs = any(rec.tensors[i].kind != "constant" for i in inputs)
         kind = "activation" if made_from_inputs else "constant"
-        weights = bool(inputs) and all(self.storage_of(i).weight_like for i in inputs)
+        weights = bool(inputs) and all(rec.storage_of(i).weight_like for i in inputs)
         outputs = []
         for position in info.written:
             target = args[position] if position < len(args) else None
             if isinstance(target, torch.Tensor):
                 outputs += self._rewritten(target, kind)
-        for tensor in _tensors(result):
+        for tensor in _operands((result,)):
             if self.registry.id_of(tensor) is not None:  # its own argument, written or only handed through
                 continue
             new = self.register(tensor, kind)
@@ -145,7 +153,7 @@ class Recorder(TorchDispatchMode):
             target = args[position] if position < len(args) else None
             if isinstance(target, torch.Tensor) and (number := self.known(target)) in fresh:
                 made[number] = -1 - position
-        for leaf, tensor in enumerate(_tensors(result)):
+        for leaf, tensor in enumerate(_operands((result,))):
             number = self.registry.id_of(tensor)
             if number in fresh and number not in made:
                 made[number] = leaf
@@ -369,6 +377,17 @@ class Recorder(TorchDispatchMode):
 
 def _nothing() -> None:
     """What happens at a module call if nobody asked for more."""
+
+
+def _operands(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results, in order: its only containers are lists and tuples."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _operands(value)
+    return found
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

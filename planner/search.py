@@ -3,7 +3,7 @@
     1. lb0 and the memory floor of all candidates
     2. in order of lb0, until lb0 alone proves the rest: lb1, lb2, and a greedy plan (simulated)
     3. for what survives, best bound first: the exact solve, with the best step so far as cut-off
-    4. the winner by the exact solve, to a tenth of the gap
+    4. a winner that was only guessed, by the exact solve, to a tenth of the gap
     stop when min over candidates of the last proven bound >= best step x (1 - gap)
 
 2 and 3 go in rounds of a fixed size: the tasks of a round share the best step known before it, and run in worker
@@ -31,10 +31,13 @@ from .workers import Workers
 
 __all__ = ["Candidate", "Progress", "Ranked", "SearchResult", "search"]
 
-# Tasks of a round: the first is small, for a first plan; then bounds, and exact solves.
+# Tasks of a round: the first is small, for a first plan; then bounds. Exact solves go by one, two, then four: the first
+# plans that they find spare most of the others.
 DIVE, BOUNDS, SOLVES = 8, 64, 4
-# The winner is solved to this part of the gap.
-SETTLE = 0.1
+# A finer gap than this is reached in two passes: most candidates need only be solved to this one.
+COARSE = 0.005
+# A winner that was guessed is solved to this part of the gap, but to no less than FINE unless the gap asks for that.
+SETTLE, FINE = 0.1, 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +172,21 @@ def _bound_task(candidates: Sequence[Candidate], index: int, bound_s: float, lim
 
 
 def _solve_task(
+    candidates: Sequence[Candidate],
+    index: int,
+    bound_s: float,
+    limit_s: float,
+    gap: float,
+    left_s: float | None,
+    cutoff_gap: float,
+) -> Found:
+    return solve_exactly(candidates[index], bound_s, limit_s, gap, left_s, cutoff_gap=cutoff_gap)
+
+
+def _settle_task(
     candidates: Sequence[Candidate], index: int, bound_s: float, limit_s: float, gap: float, left_s: float | None
 ) -> Found:
-    return solve_exactly(candidates[index], bound_s, limit_s, gap, left_s)
+    return solve_exactly(candidates[index], bound_s, limit_s, gap, left_s, quickly=True)
 
 
 @dataclass(slots=True)
@@ -223,23 +238,38 @@ class _Search:
             size = BOUNDS
 
     def solve_rest(self) -> None:
-        """Exact solves, least bound first, until all open bounds reach the target."""
-        while some := [e for e in self.entries if not e.closed and e.bound_s < self.target_s]:
-            some = sorted(some, key=lambda e: (e.bound_s, e.key))[:SOLVES]
-            self.round(some, _solve_task, [(e.index, e.bound_s, self.limit_s, self.gap, self.left_s()) for e in some])
-            self.report("exact solves")
+        """Exact solves, least bound first, until all open bounds reach the target: coarsely at first."""
+        size = 1
+        for gap in (COARSE, self.gap) if self.gap < COARSE else (self.gap,):
+            seen: set[int] = set()  # what a coarse solve leaves open, the fine one takes up
+            while some := [e for e in self.open(gap) if e.index not in seen]:
+                some = sorted(some, key=lambda e: (e.bound_s, e.key))[:size]
+                limits = (self.limit_s, gap, self.left_s(), self.gap)
+                self.round(some, _solve_task, [(e.index, e.bound_s, *limits) for e in some])
+                seen |= {e.index for e in some}
+                for entry in some:
+                    entry.closed = entry.closed and (gap == self.gap or entry.bound_s == inf)
+                self.report("exact solves")
+                size = min(2 * size, SOLVES)
+
+    def open(self, gap: float) -> list[_Entry]:
+        """What is neither solved nor proven to be no better than the best plan within a gap."""
+        target_s = self.limit_s * (1 - gap)
+        return [e for e in self.entries if not e.closed and e.bound_s < target_s]
 
     def settle(self) -> None:
-        """The winner by the integer programme, to a fraction of the gap, however it was found.
+        """A winner that was only guessed, solved to a fraction of the gap where it is not proven to that.
 
-        The cut-off lies just above the plan in hand, so the programme has to find a plan of its own.
+        The cut-off lies just above the plan in hand, so the solve may find it again.
         """
         if self.ranking:
             best = self.ranking[0]
+            step_s = best.evaluation.step_time_s
             entry = next(e for e in self.entries if e.key == best.key)
-            gap = max(self.gap * SETTLE, EXACT)
-            limit_s = best.evaluation.step_time_s * (1 + 1e-7) / (1 - gap)
-            self.round([entry], _solve_task, [(entry.index, entry.bound_s, limit_s, gap, self.left_s())])
+            gap = max(self.gap * SETTLE, min(self.gap, FINE))
+            if not entry.closed and entry.bound_s < step_s * (1 - gap):
+                limit_s = step_s * (1 + 1e-7) / (1 - gap)
+                self.round([entry], _settle_task, [(entry.index, entry.bound_s, limit_s, gap, self.left_s())])
 
     def round(self, entries: Sequence[_Entry], task: Callable[..., Found], arguments: Sequence[tuple]) -> None:
         """Run one task for each entry, and take in what they found."""
@@ -299,8 +329,9 @@ class _Search:
     def report(self, phase: str) -> None:
         """Tell the caller where the search stands."""
         if self.on_progress is not None:
+            target_s = self.target_s
             bound_s = min(e.bound_s for e in self.entries)
-            done = sum(e.closed or e.bound_s >= self.target_s for e in self.entries)
+            done = sum(e.closed or e.bound_s >= target_s for e in self.entries)
             best = self.ranking[0].evaluation.step_time_s if self.ranking else inf
             self.on_progress(Progress(best, bound_s, _gap(best, bound_s), done, len(self.entries), phase))
 
@@ -308,10 +339,11 @@ class _Search:
         """The certificate."""
         bound_s = min((e.bound_s for e in self.entries), default=inf)
         names = [e.proof for e in self.entries]
-        closed = [e.proof for e in self.entries if e.bound_s >= self.target_s]
+        target_s = self.target_s
+        closed = [e.proof for e in self.entries if e.bound_s >= target_s]
         best = self.ranking[0].evaluation.step_time_s if self.ranking else inf
         if self.ranking:
-            left = [e for e in self.entries if e.proof == "limit" and e.bound_s < self.target_s]
+            left = [e for e in self.entries if e.proof == "limit" and e.bound_s < target_s]
             status = "feasible" if interrupted or left else "optimal"
         else:
             status = "unknown" if interrupted else "infeasible"

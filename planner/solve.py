@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import inf
 
 from ..costmodels.schedules import CriticalPath, StageTimes, Timeline, simulate
@@ -25,6 +26,8 @@ from .runs import Run, fold
 # Relative tolerance of the solver itself: a bound this close to the best step proves it.
 EXACT = 1e-9
 LP_ROUNDS = 40
+# Stages of a pipeline that are slow in turn for the paths to begin with, at most.
+MOST_SEEDS = 32
 # By how much the limit is tightened when rounding in the solver let a pick exceed it [B].
 TIGHTEN_BYTES = 2048
 
@@ -37,6 +40,9 @@ def solve(
     *,
     windows: Sequence[tuple[int, int]] | None = None,
     engine: str = "highs",
+    lower_bound_s: float = 0.0,
+    paths: Sequence[CriticalPath] = (),
+    cutoff_gap: float | None = None,
 ) -> Solution:
     """The assignment with the least simulated step time, and the proof.
 
@@ -53,20 +59,40 @@ def solve(
         For each chunk the positions at which it may end; default: all.
     engine : str
         "highs" or "cbc".
+    lower_bound_s : float
+        A proven bound of the step time [s].
+    paths : sequence of CriticalPath
+        More paths to begin with.
+    cutoff_gap : float, optional
+        Only assignments below the step in hand x (1 - cutoff_gap) are of interest; default: `gap`.
 
     Returns
     -------
     Solution
         "optimal": `assignment` is within `gap` of the optimum. "cutoff": nothing below
-        upper_bound_s (1 - gap) exists. "infeasible": no assignment fits in memory; `shortfall_bytes` is the
-        least excess and `shortfall_stage` its stage (0 and -1 if there are fewer legal pieces than stages).
+        upper_bound_s (1 - gap) exists, or below the solution's `lower_bound_s`. "infeasible": no assignment fits
+        in memory; `shortfall_bytes` is the least excess and `shortfall_stage` its stage (0 and -1 if there are
+        fewer legal pieces than stages).
         "feasible": the time limit came first; `assignment` may be None.
     """
     deadline_s = None if time_limit_s is None else time.monotonic() + time_limit_s
     allowed = tuple(windows) if windows is not None else open_windows(problem)
     if not allowed:
         return Solution("infeasible", None, inf, inf)
-    rounds = _Rounds(problem, fold(problem), allowed, engine, max(gap, EXACT), deadline_s, upper_bound_s)
+    cut = gap if cutoff_gap is None else min(gap, cutoff_gap)
+    rounds = _Rounds(
+        problem,
+        fold(problem),
+        allowed,
+        engine,
+        max(gap, EXACT),
+        deadline_s,
+        upper_bound_s,
+        lower_bound_s,
+        max(cut, EXACT),
+    )
+    for path in paths:
+        rounds.add_path(path)
     status = rounds.relaxations() or rounds.integers()
     if status == "infeasible":
         short = _shortfall(rounds)
@@ -110,12 +136,19 @@ def seed_paths(problem: Problem) -> list[CriticalPath]:
 
     Any path is a valid row; these are those of the usual bottlenecks, and save rounds.
     """
+    return list(_seed_paths(problem.schedule, problem.stages, problem.microbatches, problem.virtual))
+
+
+@lru_cache(maxsize=64)
+def _seed_paths(schedule: str, stages: int, microbatches: int, virtual: int) -> tuple[CriticalPath, ...]:
+    """The paths of a pipeline, whatever its layers; of a long one every second, fourth, ... stage is slow in turn."""
+    chunks = stages * virtual
     paths = []
     for slow in (1.001, 4.0):
-        for s in range(problem.chunks) if problem.virtual == 1 else (0, problem.chunks - 1):
-            times = [_one_slow(slow if s == t else 1.0) for t in range(problem.chunks)]
-            paths.append(_simulate(problem, times).critical_path)
-    return list(dict.fromkeys(paths))
+        for s in range(0, chunks, -(-chunks // MOST_SEEDS)) if virtual == 1 else (0, chunks - 1):
+            times = [_one_slow(slow if s == t else 1.0) for t in range(chunks)]
+            paths.append(simulate(schedule, times, microbatches, virtual=virtual).critical_path)
+    return tuple(dict.fromkeys(paths))
 
 
 def _one_slow(factor: float) -> StageTimes:
@@ -139,6 +172,7 @@ class _Rounds:
     deadline_s: float | None
     limit_s: float
     bound_s: float = 0.0
+    cut: float = EXACT
     objective_s: float = inf
     assignment: Assignment | None = None
     paths: dict[CriticalPath, None] = field(default_factory=dict)
@@ -160,9 +194,9 @@ class _Rounds:
         self.cut_off()
 
     def cut_off(self) -> None:
-        """T <= best (1 - gap): what is not better is of no interest."""
+        """T <= best (1 - cut): what is not better is of no interest."""
         if self.limit_s < inf:
-            target_s = self.limit_s * (1 - self.gap) - self.problem.step_fixed_s
+            target_s = self.limit_s * (1 - self.cut) - self.problem.step_fixed_s
             self.programme.step.upBound = max(0.0, target_s * self.programme.scale.time)
 
     def add_path(self, path: CriticalPath) -> bool:
@@ -190,7 +224,7 @@ class _Rounds:
         """The status of a model without a point: the cut-off is proven, or without one memory is short."""
         if self.limit_s == inf:
             return "infeasible"
-        self.bound_s = max(self.bound_s, self.limit_s * (1 - self.gap))
+        self.bound_s = max(self.bound_s, self.limit_s * (1 - self.cut))
         return self.ended()
 
     def relaxations(self) -> str | None:
@@ -283,7 +317,8 @@ def solved_programme(problem: Problem, gap: float = 0.005) -> Programme:
 
     Its optimum is a lower bound of the step time, within `gap` of the best simulated step.
     """
-    rounds = _Rounds(problem, fold(problem), open_windows(problem), "highs", max(gap, EXACT), None, inf)
+    gap = max(gap, EXACT)
+    rounds = _Rounds(problem, fold(problem), open_windows(problem), "highs", gap, None, inf, cut=gap)
     if rounds.relaxations() is None:
         rounds.integers()
     rounds.programme.step.upBound = None

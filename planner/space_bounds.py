@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from functools import partial
 from math import inf
 
@@ -22,7 +21,7 @@ def space_candidates(model: CostModel, meshes: Sequence[Mesh]) -> list[Candidate
     """The candidates of a search, with their bounds."""
     bounds, floors = space_bounds(model, meshes)
     return [
-        Candidate(astuple(mesh), partial(model.problem, mesh), bound_s, floor - model.active_limit(mesh))
+        Candidate(mesh.key, partial(model.problem, mesh), bound_s, floor - model.active_limit(mesh))
         for mesh, bound_s, floor in zip(meshes, bounds.tolist(), floors.tolist(), strict=True)
     ]
 
@@ -44,11 +43,11 @@ def space_bounds(model: CostModel, meshes: Sequence[Mesh]) -> tuple[np.ndarray, 
     bounds, floors = np.empty(len(meshes)), np.empty(len(meshes))
     if not meshes:
         return bounds, floors
-    together: dict[tuple[Flags, int], list[int]] = {}
+    together: dict[int, list[int]] = {}
     for i, mesh in enumerate(meshes):
-        batch, _ = model.batch(mesh)
-        together.setdefault((model.flags(mesh), id(batch)), []).append(i)
-    for (flags, _), members in together.items():
+        together.setdefault(id(model.batch(mesh)[0]), []).append(i)
+    for members in together.values():
+        flags = model.batch(meshes[members[0]])[0].flags
         _bound_batch(model, flags, meshes, np.array(members), bounds, floors)
     fixed = model.step_fixed_s(meshes[0])
     return bounds * (1 - ROUNDING) + fixed, floors
@@ -84,18 +83,14 @@ def _bound_batch(
     for (stages, virtual, layout), those in chunked.items():
         ends = model.ends(stages * virtual, layout)
         assert ends is not None
-        chunks = [
-            sum(n * work[g][those] for g, n in Counter(groups[a:b]).items())
-            for a, b in zip((0, *ends), ends, strict=False)
-        ]
+        held = [Counter(groups[a:b]) for a, b in zip((0, *ends), ends, strict=False)]
+        chunks = [sum(n * work[g][those] for g, n in counted.items()) for counted in held]
         bounds[members[those]] = longest_rank(np.array(chunks), stages, m[those])
         for count in np.unique(m[those]):
             some = [k for k in those if m[k] == count]
             vectors = in_flight_vectors("interleaved", stages, int(count), virtual)
-            needs = [
-                _rank_floor(prices, groups, ends, s, stages, max(vectors[s], key=sum), places[some])
-                for s in range(stages)
-            ]
+            least_at = _LeastMemory(prices, places[some])
+            needs = [_rank_floor(least_at, held, s, stages, max(vectors[s], key=sum)) for s in range(stages)]
             floors[members[some]] = np.maximum(floors[members[some]], np.maximum.reduce(needs))
 
 
@@ -116,20 +111,27 @@ def _least_memory(prices: GroupPrices, places: np.ndarray, x: np.ndarray | int) 
     return held.astype(np.float64).min(0, initial=inf)
 
 
+class _LeastMemory(dict[tuple[int, int], np.ndarray]):
+    """(group, x) -> the least static + x saved of a unit of the group at each place."""
+
+    def __init__(self, prices: dict[int, GroupPrices], places: np.ndarray) -> None:
+        super().__init__()
+        self.prices, self.places = prices, places
+
+    def __missing__(self, key: tuple[int, int]) -> np.ndarray:
+        group, x = key
+        self[key] = _least_memory(self.prices[group], self.places, x)
+        return self[key]
+
+
 def _rank_floor(
-    prices: dict[int, GroupPrices],
-    groups: Sequence[int],
-    ends: Sequence[int],
-    s: int,
-    stages: int,
-    vector: Sequence[int],
-    places: np.ndarray,
+    least: _LeastMemory, held: Sequence[Counter[int]], s: int, stages: int, vector: Sequence[int]
 ) -> np.ndarray:
-    """The least that the layers of rank s's given chunks keep with `vector` microbatches in flight."""
-    total = np.zeros(len(places))
-    for c, x in zip(range(s, len(ends), stages), vector, strict=True):
-        for g, n in Counter(groups[ends[c - 1] if c else 0 : ends[c]]).items():
-            total = total + n * _least_memory(prices[g], places, x)
+    """The least that rank s's given chunks (`held` by group) keep with `vector` microbatches in flight."""
+    total = np.zeros(len(least.places))
+    for counted, x in zip(held[s::stages], vector, strict=True):
+        for g, n in counted.items():
+            total = total + n * least[g, x]
     return total
 
 

@@ -6,17 +6,15 @@ when issuing its operators takes longer than running them. Bytes come from the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..costmodels.collectives import collective_s
 from ..costmodels.compute import host_floor_s, kernel_s
 from ..hardware_profiles.device import DeviceModel, LinkModel
 from ..units import DTYPE_BYTES
-from .graph import Affine, Kernel, Op, UnitClass
+from .graph import Kernel, UnitClass
 from .sharding import ClassSharding
-
-Dims = tuple[Affine, ...]
+from .unit_launches import Dims, Launches, kept_by_selective
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +45,6 @@ class UnitMemory:
     selective: int
     full: int
     workspace: int
-
-
-def is_matmul(op: Op) -> bool:
-    """Whether the operator is a linear layer's matrix product (what selective recomputation counts)."""
-    return op.forward.kind == "gemm" and "bmm" not in op.name and "baddbmm" not in op.name
-
-
-def kept_by_selective(ops: Sequence[Op]) -> set[int]:
-    """Indices of the operators whose outputs selective recomputation keeps: attention and every second matmul.
-
-    The first, third, ... matmul of the unit is kept, the second, fourth, ... runs again.
-    """
-    kept, matmuls = set(), 0
-    for i, op in enumerate(ops):
-        if op.forward.kind == "attention":
-            kept.add(i)
-        elif is_matmul(op):
-            if matmuls % 2 == 0:
-                kept.add(i)
-            matmuls += 1
-    return kept
 
 
 def split_dims(kernel: Kernel, split: str, tp: int, forward_dims: Dims) -> Dims:
@@ -152,48 +129,49 @@ class KernelClock:
         return self._seen[key]
 
 
-def unit_times(
-    cls: UnitClass,
-    sharding: ClassSharding | None,
-    tp: int,
-    b: int,
-    clock: KernelClock,
-    fused: bool,
-) -> UnitTimes:
-    """Seconds of one unit of class `cls` (see `UnitTimes`); `fused` = its element-wise operators are compiled."""
-    kept = kept_by_selective(cls.ops)
+class LinkClock:
+    """Seconds of collectives on one profile's links, remembered by what they depend on (see `collective_s`)."""
+
+    def __init__(self, links: LinkModel) -> None:
+        self.links = links
+        self._seen: dict[tuple[str, float, int, int], float] = {}
+
+    def seconds(self, op: str, n_bytes: float, size: int, stride: int) -> float:
+        """Seconds of one collective over `size` ranks that lie `stride` apart."""
+        key = (op, n_bytes, size, stride)
+        if key not in self._seen:
+            self._seen[key] = collective_s(op, n_bytes, size, stride, self.links)
+        return self._seen[key]
+
+
+def unit_times(launches: Launches, tp: int, b: int, clock: KernelClock, fused: bool) -> UnitTimes:
+    """Seconds of one unit on one of `tp` ranks (see `UnitTimes`); `fused` = its element-wise operators are compiled."""
+    seconds = [clock.seconds(kernel, split, tp, b, dims, fused) for kernel, split, dims in launches.kernels]
     forward = backward = again_selective = weight = 0.0
-    forward_ops = backward_ops = again_ops = 0
-    for i, op in enumerate(cls.ops):
-        split = sharding.op_split[i] if sharding is not None and tp > 1 else None
-        one = clock.seconds(op.forward, split, tp, b, op.forward.dims, fused) * op.repeat
-        launched = op.repeat if op.forward.kind != "free" else 0
+    for kernel, times, again in launches.forward:
+        one = seconds[kernel] * times
         forward += one
-        forward_ops += launched
-        if i not in kept:
-            again_selective += one
-            again_ops += launched
-        for kernel in op.backward:
-            one = clock.seconds(kernel, split, tp, b, op.forward.dims, fused) * op.repeat
-            backward += one
-            weight += one if kernel.wrt == "weight" else 0.0
-            backward_ops += op.repeat if kernel.kind != "free" else 0
+        again_selective += one if again else 0.0
+    for kernel, times, of_weight in launches.backward:
+        one = seconds[kernel] * times
+        backward += one
+        weight += one if of_weight else 0.0
     mode = "compiled" if fused and clock.fused else clock.eager_mode
 
     def busy(gpu_s: float, ops: int) -> float:
         return max(gpu_s, host_floor_s(ops, clock.device, mode))
 
     return UnitTimes(
-        forward_s=busy(forward, forward_ops),
-        backward_s=busy(backward, backward_ops),
-        again_selective_s=busy(again_selective, again_ops),
-        again_full_s=busy(forward, forward_ops),
+        forward_s=busy(forward, launches.forward_ops),
+        backward_s=busy(backward, launches.backward_ops),
+        again_selective_s=busy(again_selective, launches.again_ops),
+        again_full_s=busy(forward, launches.forward_ops),
         weight_s=weight,
     )
 
 
 def unit_collectives_s(
-    sharding: ClassSharding | None, tp: int, stride: int, b: int, links: LinkModel
+    sharding: ClassSharding | None, tp: int, stride: int, b: int, links: LinkClock
 ) -> tuple[float, float]:
     """Seconds of one unit's tensor-parallel collectives, forward and backward (exposed).
 
@@ -207,7 +185,7 @@ def unit_collectives_s(
     forward = backward = 0.0
     if sharding is not None and tp > 1:
         for item in sharding.collectives:
-            seconds = collective_s(item.collective, item.bytes.at(b), tp, stride, links) * item.repeat
+            seconds = links.seconds(item.collective, item.bytes.at(b), tp, stride) * item.repeat
             if item.phase == "forward":
                 forward += seconds
             else:
@@ -215,14 +193,14 @@ def unit_collectives_s(
     return forward, backward
 
 
-def gradient_sums_s(sharding: ClassSharding | None, tp: int, stride: int, links: LinkModel) -> float:
+def gradient_sums_s(sharding: ClassSharding | None, tp: int, stride: int, links: LinkClock) -> float:
     """Seconds of summing, over tp, the gradients of one unit's whole weights that saw a part of the tokens.
 
     Paid whenever gradients are reduced over data-parallel ranks.
     """
     if sharding is None or tp == 1:
         return 0.0
-    return sum(collective_s(s.collective, s.bytes.at(1), tp, stride, links) for s in sharding.gradient_sums)
+    return sum(links.seconds(s.collective, s.bytes.at(1), tp, stride) for s in sharding.gradient_sums)
 
 
 def tensor_bytes(cls: UnitClass, sharding: ClassSharding | None, tensor: int, tp: int, b: int) -> float:

@@ -32,6 +32,7 @@ TORCH_ALLOWED_ELSEWHERE = {
         "caches",
         "construct",
         "diffusers_models",
+        "equal_calls",
         "fake_run",
         "gpu_dropout",
         "grouped",
