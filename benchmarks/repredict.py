@@ -29,8 +29,12 @@ def pins(run: dict[str, Any]) -> list[str]:
     """What fixes the layout of a stored run."""
     fixed = [f"{axis}={run['mesh'][name]}" for axis, name in _AXES.items()]
     fixed.append(f"microbatch_size={run['batch']['microbatch_size']}")
+    if run["mesh"]["pipeline_parallel_degree"] > 1:
+        fixed.append(f"schedule={run['schedule']['name']}")
+    if run["mesh"]["tensor_parallel_degree"] > 1:  # runs without the field are older than sequence parallelism
+        fixed.append(f"sequence_parallel={'on' if run.get('sequence_parallel') else 'off'}")
     asked = [] if run["layout"] == "planner's choice" else run["layout"].split(",")
-    fixed += [pin for pin in asked if pin.split("=")[0] in ("zero_stage", "recompute", "schedule")]
+    fixed += [pin for pin in asked if pin.split("=")[0] in ("zero_stage", "recompute")]
     if not any(pin.startswith("recompute") for pin in fixed):
         modes = {mode for stage in run["recompute"] for mode in stage.values()}
         fixed.append(f"recompute={modes.pop() if len(modes) == 1 else 'none'}")

@@ -37,6 +37,7 @@ class DataParallel:
     dp_shard, dp_replicate : degrees (dp_shard of one layout, or an array of layouts: bytes are arrays then too)
     reshard_after_forward : True = ZeRO-3 (gathered again for backward), False = ZeRO-2
     sync_every : gradients reduced after each microbatch (True) or after the last one only
+    several : more than one microbatch a step
     compute_bytes, reduce_bytes : bytes of one element in compute and in the gradient reduction
     optimizer_states : float32 states per trainable element (AdamW 2, SGD 0)
     """
@@ -48,6 +49,12 @@ class DataParallel:
     compute_bytes: int
     reduce_bytes: int = 4
     optimizer_states: int = 2
+    several: bool = True
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """Whether unsharded gradients add up over microbatches, and are sharded only by the last one's reduction."""
+        return self.several and not self.sync_every
 
 
 def ceil_div(a: int, b: Any) -> Any:
@@ -77,16 +84,17 @@ def sharded_state_bytes(p: UnitParameters, dp: DataParallel) -> Any:
 def kept_gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:
     """Unsharded weights and gradients that stay between microbatches:
 
-        [not reshard_after_forward] compute_bytes x total + [not sync_every] reduce_bytes x trainable
+        [not reshard_after_forward] compute_bytes x total + [accumulates_whole] reduce_bytes x trainable
 
     Without resharding the gathered compute copy stays from forward to backward; without a reduction each
-    microbatch, fully_shard accumulates unsharded gradients in the reduce dtype.
+    microbatch, fully_shard accumulates unsharded gradients in the reduce dtype. Each goes when it is reduced: whole
+    and sharded gradients of one unit are not there together (measured: docs/accuracy.md).
 
     >>> kept_gathered_bytes(UnitParameters(1000), DataParallel(4, 1, False, False, 2))
     6000
     """
     kept = 0 if dp.reshard_after_forward else dp.compute_bytes * p.total
-    return kept + (0 if dp.sync_every else dp.reduce_bytes * p.trainable)
+    return kept + (dp.reduce_bytes * p.trainable if dp.accumulates_whole else 0)
 
 
 def gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:
@@ -104,7 +112,7 @@ def reduction_bytes(p: UnitParameters, dp: DataParallel) -> Any:
     >>> reduction_bytes(UnitParameters(1000), DataParallel(4, 1, True, True, 2))
     5000
     """
-    return dp.reduce_bytes * (p.trainable + ceil_div(p.trainable, dp.dp_shard)) if dp.sync_every else 0
+    return dp.reduce_bytes * (p.trainable + ceil_div(p.trainable, dp.dp_shard))
 
 
 def backward_transient_bytes(

@@ -286,8 +286,8 @@ class CostModel:
         """Bytes of the unit that stay on one rank, by part."""
         flags = self.flags(mesh)
         own, *_ = self.neighbourhood(position, mesh.tp, flags.piped, choice.sharding == "replicate")
-        dp = data_parallel(self.request, choice.zero_stage, flags.every, mesh.dp_shard, mesh.dp_replicate)
-        return {**static_parts(own, dp, flags.stays), "buffers": self.buffer_bytes(position)}
+        dp = data_parallel(self.request, choice.zero_stage, flags, mesh.dp_shard, mesh.dp_replicate)
+        return {**static_parts(own, dp), "buffers": self.buffer_bytes(position)}
 
     def buffer_bytes(self, position: int) -> int:
         """Bytes of the buffers that the unit is the first to use."""

@@ -190,7 +190,7 @@ class _Unit:
 
     def data_parallel(self, zero_stage: int, dp_shard: Any = 1) -> DataParallel:
         """How the parameters live on the data-parallel ranks (the degree where a formula reads it)."""
-        return data_parallel(self.model.request, zero_stage, self.flags.every, dp_shard)
+        return data_parallel(self.model.request, zero_stage, self.flags, dp_shard)
 
     def price(self, variant: Variant) -> dict[str, Any]:
         """All numbers of one variant, (n,) each."""
@@ -224,7 +224,7 @@ class _Unit:
 
     def _static(self, zero_stage: int) -> Any:
         """Bytes that stay on one rank."""
-        parts = static_parts(self.own, self.data_parallel(zero_stage, self.shards), self.flags.stays)
+        parts = static_parts(self.own, self.data_parallel(zero_stage, self.shards))
         return sum(parts.values()) + self.model.buffer_bytes(self.position)
 
     def _transient(self, zero_stage: int, kept: np.ndarray) -> np.ndarray:
@@ -267,25 +267,31 @@ class _Unit:
         )
 
 
-def data_parallel(request: Request, zero_stage: int, every: bool, dp_shard: Any, dp_replicate: int = 1) -> DataParallel:
+def data_parallel(
+    request: Request, zero_stage: int, flags: Flags, dp_shard: Any, dp_replicate: int = 1
+) -> DataParallel:
     """How parameters live on the data-parallel ranks under a request's precision and optimizer."""
     return DataParallel(
         dp_shard=dp_shard,
         dp_replicate=dp_replicate,
         reshard_after_forward=zero_stage == 3,
-        sync_every=every,
+        sync_every=flags.every,
+        several=flags.stays,
         compute_bytes=2 if request.precision == "bf16" else 4,
         optimizer_states=2 if request.optimizer == "adamw" else 0,
     )
 
 
-def static_parts(p: UnitParameters, dp: DataParallel, gradients_stay: bool) -> dict[str, Any]:
-    """Bytes of one unit's parameters that stay on one rank, by part (gradients only where they stay)."""
+def static_parts(p: UnitParameters, dp: DataParallel) -> dict[str, Any]:
+    """Bytes of one unit's parameters that stay on one rank, by part.
+
+    Gradients count where they stay over microbatches: sharded ones here, whole ones as "gathered".
+    """
     per_copy = 4 * ceil_div(p.trainable, dp.dp_shard)
     state = sharded_state_bytes(p, dp)
     return {
         "parameters": state - per_copy * (1 + dp.optimizer_states),
-        "gradients": per_copy if gradients_stay else 0,
+        "gradients": per_copy if dp.several and dp.sync_every else 0,
         "optimizer": per_copy * dp.optimizer_states,
         "gathered": kept_gathered_bytes(p, dp),
     }

@@ -125,7 +125,9 @@ class GradientSync:
     def before_backward(self, last: bool) -> None:
         """Set the switches for the backward of one microbatch; `last` in this step or not."""
         reduces = last or self._every
-        self._root.set_is_last_backward(last)
+        # "Last" for FSDP is each backward that reduces: only then does it let the reduction's buffers go. Told so of
+        # the step's last one alone, it kept a second copy of all sharded gradients.
+        self._root.set_is_last_backward(reduces)
         self._root.set_requires_gradient_sync(reduces)
         for module in self._kept:
             module.set_reshard_after_backward(reduces, recurse=False)
