@@ -217,6 +217,8 @@ def report(results: dict[str, Any]) -> str:
                 f"the best of {len(measured)} ({fastest}){spread}. "
                 f"{left_out} combinations of pins have no plan.\n"
             )
+        if note := results.get("notes", {}).get(model):
+            said.append(f"{note}\n")
         said += [
             "| layout | step predicted | measured | error | peak predicted | measured |",
             "|---|---|---|---|---|---|",

@@ -51,11 +51,6 @@ class DataParallel:
     optimizer_states: int = 2
     several: bool = True
 
-    @property
-    def accumulates_whole(self) -> bool:
-        """Whether unsharded gradients add up over microbatches, and are sharded only by the last one's reduction."""
-        return self.several and not self.sync_every
-
 
 def ceil_div(a: int, b: Any) -> Any:
     """a / b rounded up; b may be an array.
@@ -82,19 +77,30 @@ def sharded_state_bytes(p: UnitParameters, dp: DataParallel) -> Any:
 
 
 def kept_gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:
-    """Unsharded weights and gradients that stay between microbatches:
-
-        [not reshard_after_forward] compute_bytes x total + [accumulates_whole] reduce_bytes x trainable
-
-    Without resharding the gathered compute copy stays from forward to backward; without a reduction each
-    microbatch, fully_shard accumulates unsharded gradients in the reduce dtype. Each goes when it is reduced: whole
-    and sharded gradients of one unit are not there together (measured: docs/accuracy.md).
+    """Unsharded compute weights that stay from forward to backward: [not reshard_after_forward] compute_bytes x total.
 
     >>> kept_gathered_bytes(UnitParameters(1000), DataParallel(4, 1, False, False, 2))
-    6000
+    2000
     """
-    kept = 0 if dp.reshard_after_forward else dp.compute_bytes * p.total
-    return kept + (dp.reduce_bytes * p.trainable if dp.accumulates_whole else 0)
+    return 0 if dp.reshard_after_forward else dp.compute_bytes * p.total
+
+
+def kept_gradient_bytes(p: UnitParameters, dp: DataParallel) -> Any:
+    """Gradients that stay from one microbatch to the next:
+
+        [several] (4 trainable / dp_shard where each microbatch reduces, else reduce_bytes x trainable)
+
+    Without a reduction each microbatch, fully_shard accumulates unsharded gradients in the reduce dtype. Each goes when
+    it is reduced: whole and sharded gradients of a unit are not there together (measured: docs/accuracy.md).
+
+    >>> kept_gradient_bytes(UnitParameters(1000), DataParallel(4, 1, False, False, 2))
+    4000
+    >>> kept_gradient_bytes(UnitParameters(1000), DataParallel(4, 1, False, True, 2))
+    1000
+    """
+    if not dp.several:
+        return 0
+    return MASTER_BYTES * ceil_div(p.trainable, dp.dp_shard) if dp.sync_every else dp.reduce_bytes * p.trainable
 
 
 def gathered_bytes(p: UnitParameters, dp: DataParallel) -> int:

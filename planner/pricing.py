@@ -21,6 +21,7 @@ from ..costmodels.memory import (
     backward_transient_bytes,
     ceil_div,
     kept_gathered_bytes,
+    kept_gradient_bytes,
     sharded_state_bytes,
 )
 from .pins import RECOMPUTE
@@ -283,15 +284,12 @@ def data_parallel(
 
 
 def static_parts(p: UnitParameters, dp: DataParallel) -> dict[str, Any]:
-    """Bytes of one unit's parameters that stay on one rank, by part.
-
-    Gradients count where they stay over microbatches: sharded ones here, whole ones as "gathered".
-    """
+    """Bytes of one unit's parameters that stay on one rank, by part."""
     per_copy = 4 * ceil_div(p.trainable, dp.dp_shard)
     state = sharded_state_bytes(p, dp)
     return {
         "parameters": state - per_copy * (1 + dp.optimizer_states),
-        "gradients": per_copy if dp.several and dp.sync_every else 0,
+        "gradients": kept_gradient_bytes(p, dp),
         "optimizer": per_copy * dp.optimizer_states,
         "gathered": kept_gathered_bytes(p, dp),
     }
