@@ -134,8 +134,9 @@ def solve_exactly(
         bound_s = max(bound_s, given.lower_bound_s)
         limit_s = min(limit_s, given.step_s)
         if quickly or bound_s >= limit_s * (1 - gap):
-            proof = "memory" if bound_s == inf else "exact"
-            return Found(proof, bound_s, True, given.step_s, given.assignment, watch.seconds, 1)
+            solved = given.assignment is not None and bound_s >= given.step_s * (1 - gap)
+            proof = "memory" if bound_s == inf else "exact" if solved else "fixed"
+            return Found(proof, bound_s, True, given.step_s, given.assignment, watch.seconds, int(solved))
         time_limit_s = None if time_limit_s is None else max(0.0, time_limit_s - watch.seconds["ilps"])
     solution = solve(
         problem,

@@ -27,13 +27,12 @@ from ..costmodels.schedules import CriticalPath, StageTimes, in_flight_vectors, 
 from .bounds import ROUNDING
 from .chunk_bounds import chunks_of
 from .evaluate import evaluate
+from .knapsack import Front
 from .problem import Assignment, Choice, Problem
 from .runs import undominated
 
 # The numbers of a choice that paths count, and then a cut's transfer.
 TIMES = ("forward_s", "backward_s", "first_forward_extra_s", "last_backward_extra_s", "tail_s", "weight_s")
-# More points of a front than this are merged, with their bytes rounded down: still a bound.
-MOST_POINTS = 1500
 # In turn: mixtures, until so many rounds together close less than a twentieth of what is left; then so many rounds
 # of whole columns, of at most so many nodes of HiGHS's tree (not seconds: results are the same on every machine).
 TURNS = ((10, 3), (30, 8))
@@ -120,50 +119,6 @@ class _Options:
             np.array([c.saved_bytes for c in kept], float),
             np.array([c.transient_bytes for c in kept], float),
         )
-
-
-@dataclass(slots=True)
-class _Front:
-    """What a row of layers can cost: points (bytes rising, value falling), and how each came about."""
-
-    size: np.ndarray
-    value: np.ndarray
-    came: np.ndarray
-    option: np.ndarray
-    parent: _Front | None = None
-
-    def extended(self, sizes: np.ndarray, values: np.ndarray, options: np.ndarray, room: float) -> _Front:
-        """With one layer more, whose `options` have `sizes` and `values`; only what fits in `room`."""
-        size = (self.size[:, None] + sizes).ravel()
-        value = (self.value[:, None] + values).ravel()
-        fits = np.flatnonzero(size <= room)
-        order = fits[np.lexsort((value[fits], size[fits]))]
-        lowest = np.minimum.accumulate(value[order])
-        order = order[np.flatnonzero(np.concatenate(([True], lowest[1:] < lowest[:-1])))] if len(order) else order
-        if len(order) > MOST_POINTS:
-            # The least value among points of nearly equal size, at the smallest of their sizes.
-            group = np.minimum((size[order] / room * MOST_POINTS).astype(int), MOST_POINTS)
-            first = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
-            last = np.concatenate((first[1:], [len(order)])) - 1
-            smallest = size[order[first]]
-            order = order[last]
-            size = size.copy()
-            size[order] = smallest
-        came, option = np.divmod(order, len(sizes))
-        return _Front(size[order], value[order], came, options[option], self)
-
-    def choices(self) -> list[int]:
-        """The choice of each layer at the last point, the one of least value."""
-        at, found, front = len(self.size) - 1, [], self
-        while front.parent is not None:
-            found.append(int(front.option[at]))
-            at, front = int(front.came[at]), front.parent
-        return found[::-1]
-
-
-def _empty() -> _Front:
-    """No layer: nothing, for nothing."""
-    return _Front(np.zeros(1), np.zeros(1), np.zeros(1, int), np.zeros(1, int))
 
 
 @dataclass(slots=True)
@@ -317,7 +272,7 @@ class _State:
                     by_kind[key] = options, options.static + x * options.saved, options.numbers @ weights[c, :-1]
                 row.append(by_kind[key])
         for level in np.unique(np.concatenate([options.transient for options, _, _ in row])):
-            front = _empty()
+            front = Front.empty()
             for options, sizes, values in row:
                 some = options.transient <= level
                 front = front.extended(sizes[some], values[some], options.index[some], room - level)
