@@ -30,11 +30,13 @@ from instances import Known, known, near_tie
 from large_oracle import large_given, large_problem, optimum, optimum_given
 from tpplan.costmodels.schedules import SCHEDULES
 from tpplan.planner.bounds import lb0, memory_floor
+from tpplan.planner.candidate import Candidate
 from tpplan.planner.chunk_bounds import fixed_bound
 from tpplan.planner.evaluate import evaluate
 from tpplan.planner.intervals import chain_arrays
 from tpplan.planner.problem import Problem, Solution
 from tpplan.planner.relaxation import Relaxation, least_memory, relax
+from tpplan.planner.search import search
 from tpplan.planner.solve import solve
 
 RESULTS = Path(__file__).parent / "results" / "exactness.json"
@@ -84,7 +86,10 @@ def small(seeds: Iterable[int], by_cbc: int) -> dict:
         found = differences(k, solve(k.problem, gap=0.0))
         solved = time.process_time()
         found += bound_violations(k)
-        seconds.update(enumerate=enumerated - start, solve=solved - enumerated, bounds=time.process_time() - solved)
+        bounded = time.process_time()
+        found += search_violations(k, seed)
+        seconds.update(enumerate=enumerated - start, solve=solved - enumerated, bounds=bounded - solved)
+        seconds.update(search=time.process_time() - bounded)
         if done < by_cbc:
             count.update(by_cbc=1)
             found += [f"cbc: {text}" for text in differences(k, solve(k.problem, gap=0.0, engine="cbc"))]
@@ -136,6 +141,26 @@ def differences(k: Known, solution: Solution) -> list[str]:
         found.append(f"found {solution.objective_s}; the optimum is {k.answer.optimum_s}")
     if solution.lower_bound_s > k.answer.optimum_s * (1 + SAME):
         found.append(f"bound {solution.lower_bound_s} above the optimum {k.answer.optimum_s}")
+    return found
+
+
+def search_violations(k: Known, seed: int) -> list[str]:
+    """Where a whole search (bounds, decomposition, coarse and fine solves) contradicts brute force."""
+    gap = (0.0, 1e-4, 0.005, 0.05)[seed % 4]
+    optimum_s = k.answer.optimum_s
+    result = search([Candidate((0,), lambda: k.problem)], gap=gap)
+    if not k.feasible:
+        return [] if result.status == "infeasible" else [f"search: {result.status}, but nothing fits"]
+    if result.best is None or result.status != "optimal":
+        return [f"search at gap {gap}: {result.status}; the optimum is {optimum_s}"]
+    found = []
+    step_s, peaks = price_one(k.problem, result.best.assignment)
+    if max(peaks) > k.problem.memory_bytes or abs(step_s - result.best.evaluation.step_time_s) > SAME * step_s:
+        found.append(f"search at gap {gap}: its plan costs {step_s} s, {peaks} B")
+    if result.lower_bound_s > optimum_s * (1 + SAME):
+        found.append(f"search at gap {gap}: bound {result.lower_bound_s} above the optimum {optimum_s}")
+    if step_s > optimum_s / (1 - max(gap, SAME)) * (1 + SAME):
+        found.append(f"search at gap {gap}: {step_s}; the optimum is {optimum_s}")
     return found
 
 
